@@ -1,0 +1,138 @@
+/* What the phases of a check share.  For check*.c only. */
+#ifndef QR_CHECK_CHECK_INT_H
+#define QR_CHECK_CHECK_INT_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+
+#include "check/check.h"
+#include "fmt/entry.h"
+
+/* An L2 table, however many L1 entries name it. */
+struct l2_table {
+  uint64_t host_off;
+  uint64_t weight;              /* L1 entries that name it, in all L1 tables */
+  uint32_t active_weight;       /* of these, in the active one */
+  int32_t snapshot_index;       /* of the first that does: FINDING_ACTIVE or a snapshot */
+  uint32_t l1_index;            /* and its entry there */
+  int32_t last_l1;              /* the last L1 table that named it, to see T05 */
+};
+DEFINE_VEC (l2_table_vec, struct l2_table);
+DEFINE_VEC (u64_vec, uint64_t);
+
+/* Open addressing: number of a table in the vector + 1, or 0. */
+struct l2_set {
+  struct l2_table_vec tables;   /* sorted by host_off once the set is closed */
+  uint32_t *slots;
+  size_t nr_slots;
+};
+
+struct checker {
+  struct bdev *d;
+  struct check *c;
+  const struct geom *g;         /* = &c->geom */
+  struct progress *progress;
+  uint64_t memory_limit;
+  uint64_t end;                 /* bytes: the file's size, rounded up to a cluster */
+  struct ownermap *meta;        /* clusters that hold metadata (not the refcount structures) */
+  struct ownermap *soft;        /* clusters of inconsistent bitmaps; NULL if there are none */
+  uint64_t *l1;                 /* active L1 table, host byte order */
+  uint64_t nr_l1;
+  struct l2_set l2;
+  bool deep;                    /* as in the options */
+  atomic_bool incomplete;       /* becomes c->incomplete */
+  atomic_bool look_at_copied;   /* some L2 entry of the active disk lacks COPIED */
+};
+
+static inline void
+set_incomplete (struct checker *k)
+{
+  atomic_store_explicit (&k->incomplete, true, memory_order_relaxed);
+}
+
+/* --- check.c */
+
+/* Claim the clusters that [off, off+len) touches as metadata; it must lie below
+ * k->end.  *conflict (may be NULL) becomes true if any was metadata before.
+ */
+int claim_meta (struct checker *k, uint64_t off, uint64_t len, bool *conflict, struct err *err);
+
+/* Add a finding with one item; fields that do not apply are FINDING_NO_OFF or 0. */
+int add_finding (struct checker *k, struct finding f, struct err *err);
+
+/* A table of bytes at off: cluster aligned, not in the header, inside the file. */
+bool table_fits (const struct checker *k, uint64_t off, uint64_t bytes);
+
+/* -ECANCELED if somebody asked for it. */
+int check_cancelled (struct checker *k, struct err *err);
+
+/* --- check-read.c */
+
+struct table_load {
+  uint64_t host_off;
+  uint64_t len;                 /* bytes */
+  uint8_t *buf;
+  int r;                        /* out: 0 or -errno */
+};
+
+/* Read whole tables, many pieces in flight; one that can't be read is no error
+ * of the whole.
+ */
+int load_tables (struct checker *k, struct table_load *loads, size_t nr, struct err *err);
+
+/* Called from several threads at once for each cluster read; r < 0: it could
+ * not be read, buf is NULL.
+ */
+typedef int (*cluster_fn) (struct checker *k, void *opaque, size_t i, const uint8_t *buf, int r,
+                           struct err *err);
+
+/* Read the clusters at host_offs, neighbours in the list that adjoin in the file
+ * in one go.  Reports progress of this phase, and can be cancelled.
+ */
+int read_clusters (struct checker *k, const uint64_t *host_offs, size_t nr, const char *phase,
+                   cluster_fn fn, void *opaque, struct err *err);
+
+/* --- the phases, in order */
+
+int check_header (struct checker *k, struct err *err);          /* check-header.c */
+int check_active_l1 (struct checker *k, struct err *err);       /* check-tables.c */
+int check_snapshots (struct checker *k, struct err *err);       /* check-snapshots.c */
+int check_l2_close (struct checker *k, struct err *err);        /* check-tables.c */
+int check_extras (struct checker *k, struct err *err);          /* check-extras.c */
+int check_data (struct checker *k, struct err *err);            /* check-data.c */
+int check_deep (struct checker *k, struct err *err);            /* check-deep.c */
+int check_refcounts (struct checker *k, struct err *err);       /* check-refcounts.c */
+int check_copied_flags (struct checker *k, struct err *err);    /* check-copied.c */
+
+/* --- check-tables.c */
+
+/* Judge the entries of one L1 table (snapshot_index as in a finding) and claim
+ * the L2 tables that they name.
+ */
+int claim_l2_tables (struct checker *k, const uint64_t *l1, uint64_t nr, int32_t snapshot_index,
+                     uint64_t l1_host_off, struct err *err);
+
+bool l2_set_has (const struct l2_set *set, uint64_t host_off);
+
+/* --- check-refcounts.c, check-compare.c */
+
+/* Findings about refcount table entry i: host_off is the first byte it covers. */
+int rt_entry_finding (struct checker *k, enum finding_id id, uint64_t i, struct err *err);
+
+/* Compare all RB_SOUND blocks with the references; a block that can't be read
+ * becomes RB_LOST.  *end_ci: one past the highest cluster inside the file that
+ * has a refcount but no reference (0 = none).
+ */
+int compare_refcounts (struct checker *k, uint64_t *end_ci, struct err *err);
+
+/* --- check-data.c */
+
+/* How many of the nr entries from p on are raw, raw + a cluster, raw + two ... */
+uint64_t entries_in_a_row (const uint8_t *p, uint64_t nr, uint64_t raw, const struct geom *g);
+
+/* A table of 8-byte entries that are all zero is skipped quickly: the number of
+ * zero words from p on, at most nr.
+ */
+uint64_t zero_words (const uint8_t *p, uint64_t nr);
+
+#endif /* QR_CHECK_CHECK_INT_H */

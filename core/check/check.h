@@ -1,0 +1,95 @@
+/* The check: a damaged image on any block device -> findings and the computed
+ * references.  Never writes, never prints, never trusts a value from the disk.
+ *
+ * Order of the phases (check.c): header and extensions; claims of all metadata
+ * (active L1 and L2 tables, snapshots and their tables, bitmaps, encryption
+ * header), so that a data pointer into metadata is recognised the moment it is
+ * seen, and nothing that only a snapshot or a bitmap says casts doubt on the
+ * active disk; data clusters of every L2 table, each table read once however
+ * many snapshots share it; refcount structures and comparison; COPIED flags.
+ */
+#ifndef QR_CHECK_CHECK_H
+#define QR_CHECK_CHECK_H
+
+#include "base/progress.h"
+#include "check/finding.h"
+#include "check/ownermap.h"
+#include "dev/bdev.h"
+#include "fmt/header.h"
+#include "fmt/snaptab.h"
+
+struct check_options {
+  uint64_t memory_limit;        /* bytes for the reference map; 0 = a quarter of the RAM */
+  struct progress *progress;    /* or NULL */
+  bool deep;                    /* decompress every compressed cluster, too */
+};
+
+/* State of a refcount table entry after the check. */
+enum rb_state {
+  RB_ABSENT,                    /* no block, and none of its clusters is in use */
+  RB_SOUND,                     /* in its own cluster and readable (values may be wrong) */
+  RB_LOST,                      /* must be replaced: missing though needed, or unusable */
+};
+
+struct rt_state {
+  bool usable;                  /* false: the whole structure must be rebuilt */
+  uint64_t host_off;            /* as in the header */
+  uint32_t clusters;
+  uint64_t nr_entries;          /* 0 if the table could not be read */
+  uint64_t *entries;            /* raw, host byte order; owned */
+  uint8_t *states;              /* enum rb_state of each entry; owned */
+};
+
+/* Counted as qemu-img does, so that its JSON fields can be filled. */
+struct check_stats {
+  uint64_t total_clusters;      /* guest clusters of the virtual disk */
+  uint64_t allocated_clusters;  /* guest clusters with a host cluster, active disk */
+  uint64_t compressed_clusters; /* of these */
+  uint64_t fragmented_clusters; /* not following their predecessor in the same L2 table */
+  uint64_t compressed_anywhere; /* compressed entries in the active disk or any snapshot */
+  uint64_t image_end_off;       /* bytes: end of the last cluster used or with a refcount */
+  uint64_t l2_tables;           /* distinct ones read */
+};
+
+struct check {
+  struct header header;
+  struct geom geom;
+  uint64_t file_size;           /* bytes, when the check began */
+  struct snapshot_vec snapshots;/* those that could be decoded */
+  struct findings findings;
+  struct check_stats stats;
+  struct rt_state rt;
+  /* References by everything but the refcount structures; and, if rt.usable,
+   * by the table and its RB_SOUND blocks too.
+   */
+  struct ownermap *owners;
+  /* Only if incomplete, else NULL: clusters whose refcount is above their
+   * references and therefore stays as it is (as a set; the counts mean nothing).
+   */
+  struct ownermap *kept;
+  char *backing_name;           /* as found, or NULL; owned */
+  /* Something could not be followed (unreadable tables, bad snapshots or bitmaps, bad mapping
+   * entries): clusters without a computed reference may be in use by it, so
+   * refcounts must not be lowered and unreferenced clusters that have a refcount not be reused.
+   */
+  bool incomplete;
+};
+
+/* Check d.  0 and *ret whenever the header can be understood, however bad the
+ * rest; -errno with a message if not (not a qcow2 image, unknown features,
+ * cancelled, out of memory).  The caller frees with check_free.
+ */
+int check_run (struct bdev *d, const struct check_options *opts, struct check **ret,
+               struct err *err);
+
+void check_free (struct check *c);      /* c may be NULL */
+
+/* What the COPIED flag of an L1 or standard L2 entry of the active disk must be
+ * that names host cluster ci: is ci's refcount one once it is healed?
+ */
+bool check_copied (const struct check *c, uint64_t ci);
+
+/* Nothing worse than leaks and notes. */
+bool check_sound (const struct check *c);
+
+#endif /* QR_CHECK_CHECK_H */

@@ -1,0 +1,45 @@
+/* Regular files and Linux block devices as block devices. */
+#ifndef QR_DEV_FILE_H
+#define QR_DEV_FILE_H
+
+#include <stdbool.h>
+#include <time.h>
+
+#include "dev/bdev.h"
+
+enum {
+  FILE_WRITE   = 1,             /* open for reading and writing, and lock as a writer */
+  FILE_NO_LOCK = 2,             /* force-share: neither take nor test locks; excludes FILE_WRITE */
+};
+
+/* Open an existing regular file or block device.  Directories, FIFOs, sockets
+ * and character devices are refused without blocking on them.  Takes QEMU's
+ * image locks: open file description locks on bytes 100+i ("I use permission
+ * i") and 200+i ("nobody else may"); a conflict is -EAGAIN with a message that
+ * says who is likely to hold it and what to do.  A file system that has no
+ * such locks is used without.  Regular files can grow, block devices cannot.
+ */
+int file_open (const char *path, unsigned flags, struct bdev **ret, struct err *err);
+
+/* Create path, which must not exist (-EEXIST), mode 0600-0644 by umask, empty,
+ * opened FILE_WRITE.
+ */
+int file_create (const char *path, struct bdev **ret, struct err *err);
+
+/* Turn a device opened read-only into a writable one: the locks are raised on
+ * the descriptor that holds them, so that there is no instant at which another
+ * writer could slip in, then the same inode (not the path) is opened again.
+ * No I/O may be under way.  On failure the device is as before: -EAGAIN another
+ * process uses the image, -EACCES/-EROFS/-EPERM not writable.  FILE_NO_LOCK devices: -EINVAL.
+ */
+int file_make_writable (struct bdev *d, struct err *err);
+
+struct file_identity {
+  bool has_mtime;               /* false for block devices: their times say nothing */
+  struct timespec mtime;
+};
+
+/* Facts about the open file that change when somebody writes to it. */
+int file_identity (struct bdev *d, struct file_identity *id, struct err *err);
+
+#endif /* QR_DEV_FILE_H */

@@ -1,0 +1,130 @@
+/* COPIED flags: bit 63 of an L1 or L2 entry of the active disk says that the
+ * refcount is exactly one, so that a guest write may go in place.  Wrong ones are
+ * as dangerous as a wrong refcount: a write would reach into a snapshot.
+ *
+ * Tables are rewritten in slices, so that one wrong flag in a 2 MiB table does
+ * not pull 2 MiB into the overlay.  Entries that the check found wrong (misaligned,
+ * outside the file, ...) are not touched here, and no flags at all where tables
+ * lie on guest data or on each other: until that is mended, nobody may write.
+ */
+#include <errno.h>
+#include <stdlib.h>
+
+#include "base/cleanup.h"
+#include "base/num.h"
+#include "fmt/entry.h"
+#include "heal/heal-int.h"
+
+#define SLICE 4096
+
+static bool
+is_cluster_inside (const struct heal *h, uint64_t host_off)
+{
+  return host_off != 0 && IS_ALIGNED (host_off, h->g.cluster_size)
+         && host_off < h->c->file_size;
+}
+
+/* What the entry should be: only bit 63 can differ. */
+static uint64_t
+with_right_flag (const struct heal *h, uint64_t raw, uint64_t host_off)
+{
+  return check_copied (h->c, host_off >> h->g.cluster_bits) ? raw | ENTRY_COPIED : raw & ~ENTRY_COPIED;
+}
+
+static uint64_t
+right_l2_entry (const struct heal *h, uint64_t raw, uint64_t bitmap)
+{
+  struct l2_entry e = l2_entry_decode (raw, bitmap, &h->g);
+
+  if (e.kind == CLUSTER_COMPRESSED)
+    return raw & ~ENTRY_COPIED;
+  /* In a data file each guest cluster has a place of its own. */
+  if (h->g.data_file)
+    return e.host_off && IS_ALIGNED (e.host_off, h->g.cluster_size) ? raw | ENTRY_COPIED : raw;
+  if (!is_cluster_inside (h, e.host_off))
+    return raw;
+  return with_right_flag (h, raw, e.host_off);
+}
+
+/* buf holds len bytes of a table of entries that lie at host_off. */
+static int
+fix_slice (struct heal *h, uint8_t *buf, uint64_t len, uint64_t host_off, bool l2,
+           struct err *err)
+{
+  unsigned step = l2 ? h->g.l2e_size : 8;
+  uint64_t fixed = 0;
+
+  for (uint64_t i = 0; i < len; i += step) {
+    uint64_t raw = load_be64 (buf + i), right = raw;
+
+    if (l2)
+      right = right_l2_entry (h, raw, h->g.extended_l2 ? load_be64 (buf + i + 8) : 0);
+    else if (is_cluster_inside (h, raw & L1E_OFF_MASK))
+      right = with_right_flag (h, raw, raw & L1E_OFF_MASK);
+    if (right != raw) {
+      store_be64 (buf + i, right);
+      fixed++;
+    }
+  }
+  if (fixed == 0)
+    return 0;
+  h->res->copied_fixed += fixed;
+  return bdev_pwrite (h->d, buf, len, host_off, 0, err);
+}
+
+static int
+fix_table (struct heal *h, uint8_t *table, uint64_t len, uint64_t host_off, bool l2,
+           struct err *err)
+{
+  int r = 0;
+
+  for (uint64_t i = 0; r == 0 && i < len; i += SLICE)
+    r = fix_slice (h, table + i, MIN (SLICE, len - i), host_off + i, l2, err);
+  return r;
+}
+
+/* Does some table lie where guest data or other metadata lies too?  Then a flag
+ * set in it could be a byte of the guest's.
+ */
+static bool
+tables_are_doubtful (const struct check *c)
+{
+  return findings_has (&c->findings, FINDING_L1_ENTRY_OVERLAP)
+         || findings_has (&c->findings, FINDING_L2_ENTRY_OVERLAP)
+         || findings_has (&c->findings, FINDING_SNAPSHOT_OVERLAP);
+}
+
+int
+heal_copied_flags (struct heal *h, struct err *err)
+{
+  const struct header *header = &h->c->header;
+  uint64_t l1_bytes = (uint64_t) header->l1_entries * 8;
+  CLEANUP_FREE uint8_t *l1 = NULL;
+  int r;
+
+  if (!findings_has (&h->c->findings, FINDING_L1_COPIED_WRONG)
+      && !findings_has (&h->c->findings, FINDING_L2_COPIED_WRONG))
+    return 0;
+  if (tables_are_doubtful (h->c))
+    return 0;
+  l1 = malloc (l1_bytes);
+  if (!l1)
+    return err_set (err, ENOMEM, "out of memory");
+  r = bdev_pread_padded (h->d, l1, l1_bytes, header->l1_host_off, err);
+  for (uint64_t i = 0; r == 0 && i < header->l1_entries; ++i) {
+    uint64_t l2_host_off = load_be64 (l1 + i * 8) & L1E_OFF_MASK;
+
+    if (!is_cluster_inside (h, l2_host_off))
+      continue;
+    progress_update (h->progress, "mending COPIED flags", i, header->l1_entries);
+    r = bdev_pread_padded (h->d, h->buf, h->g.cluster_size, l2_host_off, NULL);
+    if (r < 0) {
+      r = 0;                    /* the check reported it; its flags stay as they are */
+      continue;
+    }
+    r = fix_table (h, h->buf, h->g.cluster_size, l2_host_off, true, err);
+  }
+  if (r == 0)
+    r = fix_table (h, l1, l1_bytes, header->l1_host_off, false, err);
+  return r;
+}

@@ -1,0 +1,48 @@
+/* Shared by the files of core/heal; see heal.c for the order of the stages. */
+#ifndef QR_HEAL_INT_H
+#define QR_HEAL_INT_H
+
+#include "heal/heal.h"
+#include "heal/rebuild.h"
+
+struct heal {
+  struct bdev *d;
+  struct check *c;
+  struct geom g;                /* the image's; refcount fields as they shall be */
+  struct progress *progress;
+  struct heal_result *res;
+  uint8_t *buf;                 /* one cluster of scratch */
+  /* Clusters of d that are whole and inside it. */
+  uint64_t file_clusters;
+};
+
+/* heal-refcounts.c */
+
+/* Replace the whole structure: plan, blocks, table, flush, header (I5). */
+int heal_rebuild (struct heal *h, struct err *err);
+
+/* Replace lost blocks one by one.  *fits becomes false, with nothing written, if
+ * the table has no room that makes this possible: then rebuild.
+ */
+int heal_replace_blocks (struct heal *h, bool *fits, struct err *err);
+
+enum heal_direction { HEAL_RAISE, HEAL_LOWER };
+
+/* Set the values in sound blocks that are too low, or those that are too high. */
+int heal_values (struct heal *h, enum heal_direction direction, struct err *err);
+
+/* heal-copied.c */
+
+/* Make the COPIED flags of the active L1 and L2 tables agree with the references. */
+int heal_copied_flags (struct heal *h, struct err *err);
+
+/* The refcount that cluster ci shall have on disk. */
+static inline uint64_t
+right_refcount (const struct heal *h, uint64_t ci)
+{
+  uint64_t n = ownermap_get (h->c->owners, ci);
+
+  return n < h->g.refcount_max ? n : h->g.refcount_max;
+}
+
+#endif /* QR_HEAL_INT_H */

@@ -1,0 +1,29 @@
+/* The overlay: an ordinary qcow2 v3 image whose raw backing file is the damaged
+ * image.  Its guest view is the healed bytes of the file: outer guest offset ==
+ * inner host offset.
+ */
+#ifndef QR_HEAL_OVERLAY_H
+#define QR_HEAL_OVERLAY_H
+
+#include "dev/bdev.h"
+
+struct overlay_options {
+  const char *source_path;      /* recorded as the backing file name */
+  uint64_t max_size;            /* bytes the healed file may ever need */
+  size_t cache_size;
+};
+
+/* Open the overlay at path over source, or create it if nothing is there
+ * (appearing whole or not at all).  An existing one is refused (-EINVAL, with what to do) if it is
+ * no overlay of ours, was made for another image, or if the source changed
+ * since.  *created tells which it was.  *healed takes over no reference of the caller's.
+ * The healed device can grow if the source can.
+ */
+int overlay_open (const char *path, struct bdev *source, const struct overlay_options *opts,
+                  struct bdev **healed, bool *created, struct err *err);
+
+/* The same in RAM, gone with the last reference. */
+int overlay_in_memory (struct bdev *source, const struct overlay_options *opts,
+                       struct bdev **healed, struct err *err);
+
+#endif /* QR_HEAL_OVERLAY_H */

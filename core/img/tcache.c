@@ -1,0 +1,279 @@
+/* The cache of L2 tables, in slices of at most 4 KiB.
+ *
+ * A two-level directory, indexed by the slice's number, leads to the slices;
+ * looking one up takes no lock and two loads.  A miss is read under one of 64
+ * locks chosen by number, held from "it is not there" to "now it is", so that
+ * a slow reader can never put back an old copy over a newer one that came and
+ * went meanwhile.
+ *
+ * Eviction is second chance, when a new slice makes the cache too large: only
+ * slices that equal the disk go.  A slice is unlinked, kept on the retired list
+ * until a grace period has passed, then freed.  The limit is soft: dirty slices
+ * stay, but commit_wanted bounds them to a quarter of the cache.
+ *
+ * Whoever changes entries does it under state_lock after making sure that the
+ * slice is still linked (map_update).
+ */
+#include <errno.h>
+
+#include "img/image-int.h"
+
+int
+tcache_init (struct image *img, size_t cache_bytes, struct err *err)
+{
+  uint64_t nr_chunks;
+
+  img->slice_bytes = MIN (img->g.cluster_size, MAX_SLICE_ENTRIES * 8);
+  img->slice_bits = MIN (img->g.cluster_bits, 12) - (img->g.extended_l2 ? 4 : 3);
+  img->slice_cover_bits = img->slice_bits + img->g.cluster_bits;
+  img->table_slices_bits = img->g.l2_bits - img->slice_bits;
+  img->nr_slices = (uint64_t) img->l1_len << img->table_slices_bits;
+  img->max_slices = MAX (cache_bytes / (img->slice_bytes + sizeof (struct slice)), 32);
+  img->max_dirty_slices = img->max_slices / 4;
+  img->max_retired = MAX (img->max_slices / 8, 4);
+  nr_chunks = (img->nr_slices >> SLOT_BITS) + 1;
+  img->dir = calloc (nr_chunks, sizeof img->dir[0]);
+  if (img->dir == NULL)
+    return err_set (err, ENOMEM, "out of memory");
+  return 0;
+}
+
+static void
+free_retired (struct slice *s)
+{
+  struct slice *next;
+
+  for (; s; s = next) {
+    next = s->next_retired;
+    free (s);
+  }
+}
+
+void
+tcache_free (struct image *img)
+{
+  uint64_t nr_chunks = (img->nr_slices >> SLOT_BITS) + 1;
+
+  for (size_t i = 0; i < img->ring.len; ++i)
+    free (img->ring.ptr[i]);
+  vec_reset (&img->ring);
+  free_retired (img->retired_slices);
+  for (uint64_t i = 0; img->dir && i < nr_chunks; ++i) {
+    slice_slot *chunk = atomic_load_explicit (&img->dir[i], memory_order_relaxed);
+
+    free (chunk);
+  }
+  free (img->dir);
+}
+
+static slice_slot *
+get_slot (struct image *img, uint64_t sn)
+{
+  _Atomic (slice_slot *) *p = &img->dir[sn >> SLOT_BITS];
+  slice_slot *chunk = atomic_load_explicit (p, memory_order_acquire);
+
+  if (chunk == NULL) {
+    slice_slot *fresh = calloc (1 << SLOT_BITS, sizeof *fresh);
+
+    if (fresh == NULL)
+      return NULL;
+    if (atomic_compare_exchange_strong (p, &chunk, fresh))
+      chunk = fresh;
+    else
+      free (fresh);
+  }
+  return &chunk[sn & ((1 << SLOT_BITS) - 1)];
+}
+
+/* All but keep, which was only just brought in for somebody. */
+static void
+evict_locked (struct image *img, const struct slice *keep)
+{
+  size_t steps = 2 * img->ring.len;
+
+  for (; img->ring.len > img->max_slices && steps > 0; --steps) {
+    struct slice *s;
+
+    if (img->hand >= img->ring.len)
+      img->hand = 0;
+    s = img->ring.ptr[img->hand];
+    if (s == keep || atomic_load_explicit (&s->state, memory_order_relaxed) != 0 ||
+        atomic_exchange_explicit (&s->used, false, memory_order_relaxed)) {
+      img->hand++;
+      continue;
+    }
+    atomic_store_explicit (get_slot (img, s->sn), NULL, memory_order_release);
+    img->ring.ptr[img->hand] = img->ring.ptr[--img->ring.len];
+    s->next_retired = img->retired_slices;
+    img->retired_slices = s;
+    atomic_fetch_add_explicit (&img->nr_retired, 1, memory_order_relaxed);
+  }
+}
+
+/* The disk's copy.  In a table that must be copied before it is changed, no
+ * cluster may be written in place, whatever its entry says.  (But nothing is
+ * shared in a data file, and there COPIED is what says that cluster 0 exists.)
+ */
+static int
+read_slice (struct image *img, uint64_t sn, uint64_t l1, struct slice **ret, struct err *err)
+{
+  uint64_t in_table = sn & ((UINT64_C (1) << img->table_slices_bits) - 1);
+  uint64_t mask = l1 & ENTRY_COPIED || img->g.data_file ? UINT64_MAX : ~ENTRY_COPIED;
+  struct slice *s = malloc (sizeof *s + img->slice_bytes);
+  uint8_t *raw;
+  int r;
+
+  if (s == NULL)
+    return err_set (err, ENOMEM, "out of memory");
+  raw = (uint8_t *) s->entries;
+  r = bdev_pread_padded (img->file, raw, img->slice_bytes,
+                         (l1 & L1E_OFF_MASK) + in_table * img->slice_bytes, err);
+  if (r < 0) {
+    free (s);
+    return r;
+  }
+  s->sn = sn;
+  atomic_init (&s->state, 0);
+  atomic_init (&s->used, true);
+  atomic_init (&s->seq, 0);
+  for (unsigned i = 0; i < img->slice_bytes / 8; ++i) {
+    bool bitmap = img->g.extended_l2 && i % 2;
+
+    atomic_init (&s->entries[i], load_be64 (raw + i * 8) & (bitmap ? UINT64_MAX : mask));
+  }
+  *ret = s;
+  return 0;
+}
+
+static int
+load_slice (struct image *img, uint64_t sn, struct slice **ret, struct err *err)
+{
+  slice_slot *slot = get_slot (img, sn);
+  uint64_t l1_index = sn >> img->table_slices_bits, l1;
+  struct slice *s = NULL;
+  int r;
+  LOCK_SCOPE (&img->load_lock[sn % NR_LOAD_LOCKS]);
+
+  if (slot == NULL)
+    return err_set (err, ENOMEM, "out of memory");
+  *ret = atomic_load_explicit (slot, memory_order_acquire);
+  if (*ret)
+    return 0;
+  l1 = map_l1 (img, l1_index);
+  if ((l1 & L1E_OFF_MASK) == 0)
+    return map_check_l1 (img, l1_index, l1, err);
+  r = map_check_l1 (img, l1_index, l1, err);
+  if (r == 0)
+    r = read_slice (img, sn, l1, &s, err);
+  if (r < 0)
+    return r;
+
+  LOCK_SCOPE (&img->state_lock);
+  if (slice_vec_push (&img->ring, s) < 0) {
+    free (s);
+    return err_set (err, ENOMEM, "out of memory");
+  }
+  atomic_store_explicit (slot, s, memory_order_release);
+  evict_locked (img, s);
+  *ret = s;
+  return 0;
+}
+
+int
+slice_get (struct image *img, uint64_t sn, struct slice **ret, struct err *err)
+{
+  struct slice *s = slice_peek (img, sn);
+
+  if (s == NULL) {
+    int r = load_slice (img, sn, &s, err);
+
+    if (r < 0)
+      return r;
+  }
+  if (s && !atomic_load_explicit (&s->used, memory_order_relaxed))
+    atomic_store_explicit (&s->used, true, memory_order_relaxed);
+  *ret = s;
+  return 0;
+}
+
+/* An extended entry and its bitmap mean something only together, and no load
+ * gets both at once.  A writer makes seq odd, stores both with release, makes
+ * seq even.  A reader that got any new word also gets the odd seq, or a later
+ * one, when it looks again.  A reader that keeps meeting writers waits for them.
+ */
+struct l2_pair
+slice_pair (struct image *img, const struct slice *s, unsigned i)
+{
+  struct l2_pair p = { 0 };
+
+  if (!img->g.extended_l2) {
+    p.raw = atomic_load_explicit (&s->entries[i], memory_order_acquire);
+    return p;
+  }
+  for (unsigned attempt = 0; attempt < 8; ++attempt) {
+    unsigned before = atomic_load_explicit (&s->seq, memory_order_acquire);
+
+    p.raw = atomic_load_explicit (&s->entries[i * 2], memory_order_acquire);
+    p.bitmap = atomic_load_explicit (&s->entries[i * 2 + 1], memory_order_acquire);
+    if (before % 2 == 0 && atomic_load_explicit (&s->seq, memory_order_relaxed) == before)
+      return p;
+  }
+  LOCK_SCOPE (&img->state_lock);
+  p.raw = atomic_load_explicit (&s->entries[i * 2], memory_order_relaxed);
+  p.bitmap = atomic_load_explicit (&s->entries[i * 2 + 1], memory_order_relaxed);
+  return p;
+}
+
+void
+slice_set_pairs_locked (struct image *img, struct slice *s, unsigned first, unsigned n,
+                        const struct l2_pair *p)
+{
+  unsigned seq = atomic_load_explicit (&s->seq, memory_order_relaxed);
+
+  if (!img->g.extended_l2) {
+    for (unsigned i = 0; i < n; ++i)
+      atomic_store_explicit (&s->entries[first + i], p[i].raw, memory_order_release);
+    return;
+  }
+  atomic_store_explicit (&s->seq, seq + 1, memory_order_relaxed);
+  for (unsigned i = 0; i < n; ++i) {
+    atomic_store_explicit (&s->entries[(first + i) * 2], p[i].raw, memory_order_release);
+    atomic_store_explicit (&s->entries[(first + i) * 2 + 1], p[i].bitmap, memory_order_release);
+  }
+  atomic_store_explicit (&s->seq, seq + 2, memory_order_release);
+}
+
+/* The flag is set before the entries change: who sees a new entry sees the
+ * flag as well (map_lookup).
+ */
+void
+slice_mark_dirty_locked (struct image *img, struct slice *s)
+{
+  unsigned before = atomic_fetch_or_explicit (&s->state, SLICE_DIRTY, memory_order_release);
+
+  if (before & SLICE_DIRTY)
+    return;
+  s->next_dirty = img->dirty_slices;
+  img->dirty_slices = s;
+  atomic_fetch_add_explicit (&img->nr_dirty_slices, 1, memory_order_relaxed);
+}
+
+void
+tcache_reclaim (struct image *img)
+{
+  struct slice *list;
+
+  if (pthread_mutex_trylock (&img->reclaim_lock) != 0)
+    return;
+  {
+    LOCK_SCOPE (&img->state_lock);
+    list = img->retired_slices;
+    img->retired_slices = NULL;
+    atomic_store_explicit (&img->nr_retired, 0, memory_order_relaxed);
+  }
+  if (list) {
+    grace_wait (&img->grace);
+    free_retired (list);
+  }
+  pthread_mutex_unlock (&img->reclaim_lock);
+}

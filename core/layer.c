@@ -1,0 +1,183 @@
+/* See layer.h.
+ *
+ * Names found in an image are untrusted: they are bytes until somebody who may
+ * decide has decided (chain.c), and never interpreted beyond "a path".
+ *
+ * I1: the source is opened read-only here, always.
+ */
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/cleanup.h"
+#include "base/num.h"
+#include "dev/file.h"
+#include "heal/overlay.h"
+#include "layer.h"
+
+int
+layer_open (struct layer *l, const char *path, bool force_share, struct err *err)
+{
+  int r;
+
+  memset (l, 0, sizeof *l);
+  l->path = strdup (path);
+  if (!l->path)
+    return err_set (err, ENOMEM, "out of memory");
+  r = file_open (path, force_share ? FILE_NO_LOCK : 0, &l->source, err);
+  if (r == 0)
+    l->healed = bdev_ref (l->source);
+  return r;
+}
+
+void
+layer_reset (struct layer *l)
+{
+  bdev_unref (l->healed);
+  bdev_unref (l->source);
+  check_free (l->before);
+  check_free (l->after);
+  free (l->path);
+  memset (l, 0, sizeof *l);
+}
+
+int
+layer_check (struct layer *l, bool deep, struct progress *progress, struct err *err)
+{
+  struct check_options copts = { .progress = progress, .deep = deep };
+  int r = check_run (l->healed, &copts, &l->before, err);
+
+  if (r < 0)
+    err_prefix (err, "%s", l->path);
+  return r;
+}
+
+/* --- overlays */
+
+static uint64_t
+saturating_add (uint64_t a, uint64_t b)
+{
+  uint64_t r;
+
+  return add_overflows (a, b, &r) ? UINT64_MAX : r;
+}
+
+/* The healed file can never need more: what is there, the whole guest disk once
+ * more, and metadata for it.  LIMIT: at most 16 TiB more than the source, so that
+ * a hostile virtual size does not make an enormous L1 table; the guest gets
+ * ENOSPC past that.
+ */
+static uint64_t
+max_healed_size (const struct layer *l, uint64_t guest)
+{
+  uint64_t source = bdev_size (l->source);
+  uint64_t more = saturating_add (saturating_add (guest, guest / 8),
+                                  saturating_add (source / 16, UINT64_C (64) << 20));
+
+  return saturating_add (source, MIN (more, UINT64_C (16) << 40));
+}
+
+static void
+put_on_top (struct layer *l, struct bdev *healed)
+{
+  bdev_unref (l->healed);
+  l->healed = healed;
+}
+
+int
+layer_lay_file (struct layer *l, const char *overlay_path, uint64_t guest_size,
+                size_t cache_size, bool *created, struct err *err)
+{
+  struct overlay_options oopts = {
+    .source_path = l->path, .cache_size = cache_size, .max_size = max_healed_size (l, guest_size),
+  };
+  struct bdev *healed;
+  int r = overlay_open (overlay_path, l->source, &oopts, &healed, created, err);
+
+  if (r == 0)
+    put_on_top (l, healed);
+  return r;
+}
+
+int
+layer_lay_memory (struct layer *l, struct err *err)
+{
+  struct overlay_options oopts = { .source_path = l->path };
+  struct bdev *healed;
+  int r;
+
+  /* Room for new refcount structures of the narrowest clusters, no more. */
+  oopts.max_size = saturating_add (bdev_size (l->source),
+                                   bdev_size (l->source) / 16 + (UINT64_C (16) << 20));
+  r = overlay_in_memory (l->source, &oopts, &healed, err);
+  if (r == 0)
+    put_on_top (l, healed);
+  return r;
+}
+
+int
+layer_heal (struct layer *l, enum repair_level level, struct progress *progress,
+            struct err *err)
+{
+  struct check_options copts = { .progress = progress };
+  int r = heal_run (l->healed, l->before, level, progress, &l->result, err);
+
+  if (r == 0)
+    r = check_run (l->healed, &copts, &l->after, err);
+  if (r == 0)
+    r = heal_finish (l->healed, l->after, &l->result, err);
+  if (r < 0)
+    err_prefix (err, "%s: healing failed", l->path);
+  return r;
+}
+
+/* --- names in the header */
+
+#define MAX_NAME 1023
+
+char *
+layer_string_ext (struct layer *l, uint32_t type)
+{
+  const struct header_ext *ext = header_find_ext (&layer_now (l)->header, type);
+  char *s;
+
+  if (!ext || ext->len == 0 || ext->len > MAX_NAME)
+    return NULL;
+  s = calloc (1, ext->len + 1);
+  if (s && bdev_pread (l->healed, s, ext->len, ext->host_off, NULL) < 0) {
+    free (s);
+    s = NULL;
+  }
+  return s;
+}
+
+/* QEMU takes "word:" before any slash for a protocol. */
+static bool
+has_protocol (const char *name)
+{
+  return name[strcspn (name, ":/")] == ':';
+}
+
+int
+layer_resolve (const struct layer *l, const char *name, char **path, struct err *err)
+{
+  CLEANUP_FREE char *real = NULL;
+  char *slash;
+
+  if (strncmp (name, "file:", 5) == 0)
+    name += 5;
+  else if (has_protocol (name))
+    return err_set (err, ENOTSUP, "%s names \"%s\", which is no plain file; this version opens "
+                    "files only", l->path, name);
+  if (name[0] == '/') {
+    *path = strdup (name);
+    return *path ? 0 : err_set (err, ENOMEM, "out of memory");
+  }
+  real = realpath (l->path, NULL);
+  slash = real ? strrchr (real, '/') : NULL;
+  if (!slash || asprintf (path, "%.*s/%s", (int) (slash - real), real, name) < 0)
+    return err_set (err, errno ? errno : ENOMEM, "%s: cannot tell the folder it lies in: %m",
+                    l->path);
+  return 0;
+}

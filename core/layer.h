@@ -1,0 +1,58 @@
+/* One file of what the guest sees: the image itself, or a file behind it.
+ *
+ * A layer is opened, checked, healed and made into a device, in that order; the
+ * caller (stack.c for the image, chain.c for what lies behind it) decides about
+ * each step.  It owns what it names.
+ */
+#ifndef QR_LAYER_H
+#define QR_LAYER_H
+
+#include "check/check.h"
+#include "heal/heal.h"
+
+struct layer {
+  char *path;                   /* as opened */
+  bool raw;                     /* the file is the disk, nothing to check */
+  struct bdev *source;          /* the file, opened read-only and locked */
+  struct bdev *healed;          /* its bytes as an overlay changes them, or source again */
+  struct check *before;         /* NULL: not checked */
+  struct check *after;          /* NULL: nothing was healed */
+  struct heal_result result;
+};
+
+/* Open path (read-only, locked; force_share: not locked). */
+int layer_open (struct layer *l, const char *path, bool force_share, struct err *err);
+void layer_reset (struct layer *l);
+
+/* Check l->healed into l->before. */
+int layer_check (struct layer *l, bool deep, struct progress *progress, struct err *err);
+
+/* What the last check says. */
+static inline const struct check *
+layer_now (const struct layer *l)
+{
+  return l->after ? l->after : l->before;
+}
+
+/* Lay an overlay over the source: a file that is there or is made, or RAM.
+ * guest_size: bytes of guest data that may have to find room in l, at the most.
+ */
+int layer_lay_file (struct layer *l, const char *overlay_path, uint64_t guest_size,
+                    size_t cache_size, bool *created, struct err *err);
+int layer_lay_memory (struct layer *l, struct err *err);
+
+/* Heal l->healed and check it again, into l->after. */
+int layer_heal (struct layer *l, enum repair_level level, struct progress *progress,
+                struct err *err);
+
+/* The string in a header extension (backing format, data file name), or NULL if
+ * there is none or it can't be one.  The caller frees.
+ */
+char *layer_string_ext (struct layer *l, uint32_t type);
+
+/* The file that a name in l's header means: relative ones from l's folder on.
+ * -ENOTSUP if the name is no plain file's ("nbd://...", "json:...").
+ */
+int layer_resolve (const struct layer *l, const char *name, char **path, struct err *err);
+
+#endif /* QR_LAYER_H */

@@ -1,0 +1,19 @@
+/* What became of an image: JSON for programs, a screenful for people. */
+#ifndef QR_REPORT_H
+#define QR_REPORT_H
+
+#include <stdio.h>
+
+#include "stack.h"
+
+/* The report as one JSON object.  The members that qemu-img check
+ * --output=json has keep its names and meaning (zero ones left out where it
+ * leaves them out).  s may be NULL and failure may be NULL or empty.
+ * 0, or -errno if fp could not be written.
+ */
+int report_write_json (FILE *fp, const struct stack *s, const struct err *failure);
+
+/* At most about 20 lines: what is wrong, what was mended, how it is served. */
+void report_write_text (FILE *fp, const struct stack *s);
+
+#endif /* QR_REPORT_H */

@@ -1,0 +1,348 @@
+/* The whole story of one image, top to bottom:
+ *
+ *   source   = the file, opened read-only, locked against writers
+ *   healed   = source, as an overlay changes it (a file, or RAM, or none)
+ *   check    = what is wrong with healed
+ *   behind   = backing files and data file, as far as the operator allows
+ *   heal     = what the level allows, written to the overlay; then check again
+ *   guest    = the guest's view of healed, on top of what is behind it
+ *
+ * Whether the guest may write is decided here and nowhere else:
+ *
+ *   sound or leaking, no overlay   in place (the locks are raised, never released between)
+ *   overlay=FILE                   into the overlay, once the healed image is sound
+ *   damaged, no overlay            read-only: the repair lives in RAM
+ *   anything else                  read-only, and why_read_only says why
+ *
+ * I1: the source is opened for writing in one case only, the first.
+ */
+#include <errno.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "dev/file.h"
+#include "img/image.h"
+#include "stack.h"
+
+static void __attribute__ ((format (printf, 2, 3)))
+read_only_because (struct stack *s, const char *fmt, ...)
+{
+  va_list args;
+
+  if (s->why_read_only)
+    return;
+  va_start (args, fmt);
+  if (vasprintf (&s->why_read_only, fmt, args) < 0)
+    s->why_read_only = NULL;
+  va_end (args);
+}
+
+/* --- refusals */
+
+/* Can a guest disk come of this at all? */
+static int
+judge (struct stack *s, struct err *err)
+{
+  const struct check *c = s->top.before;
+
+  if (c->findings.per_severity[SEV_FATAL])
+    return err_set (err, EINVAL, "%s: the damage is too great for this version: the mapping of "
+                    "the guest disk cannot be read (see the findings).  Nothing was changed",
+                    s->top.path);
+  if (findings_has (&c->findings, FINDING_L1_TOO_SMALL))
+    return err_set (err, EINVAL, "%s: the L1 table is too small for the disk that the header "
+                    "describes, and this version cannot tell which of them is right.  Nothing was "
+                    "changed", s->top.path);
+  if (c->header.crypt_method != CRYPT_NONE
+      && asprintf (&s->why_no_guest, "the guest disk is encrypted (%s), and this program has no key; "
+                   "the image itself can be fetched as the export healed.qcow2",
+                   c->header.crypt_method == CRYPT_LUKS ? "LUKS" : "AES") < 0)
+    return err_set (err, ENOMEM, "out of memory");
+  return 0;
+}
+
+/* --- healing */
+
+static const char *
+level_name (enum repair_level level)
+{
+  return level == REPAIR_OFF ? "off" : level == REPAIR_REFCOUNTS ? "refcounts" : "all";
+}
+
+static int
+lay_overlay (struct stack *s, bool *created, struct err *err)
+{
+  uint64_t guest_size = s->top.before ? s->top.before->header.size : 0;
+
+  return layer_lay_file (&s->top, s->overlay, guest_size, s->cache_size, created, err);
+}
+
+/* Only an overlay that the operator named, or an image that needs no repair, is
+ * left as the place of guest writes.
+ */
+static int
+heal_as_told (struct stack *s, struct progress *progress, struct err *err)
+{
+  struct layer *top = &s->top;
+  bool sound = check_sound (top->before);
+  bool can_heal = heal_needed (top->before, s->repair);
+  int r = 0;
+
+  if (s->overlay && !s->overlay_reused)
+    r = lay_overlay (s, &s->overlay_created, err);
+  else if (!s->overlay && !sound && can_heal)
+    r = layer_lay_memory (top, err);
+  if (r < 0)
+    return r;
+  if (can_heal && (s->overlay || !sound))
+    r = layer_heal (top, s->repair, progress, err);
+  if (r == 0 && !s->overlay && !sound)
+    read_only_because (s, s->repair == REPAIR_OFF
+                       ? "it is damaged and repair=off; overlay=FILE with repair=refcounts "
+                         "makes a writable one"
+                       : "it is damaged and the repair is held in memory; "
+                         "add overlay=FILE to keep it and to allow writes");
+  if (r == 0 && !check_sound (layer_now (top)))
+    read_only_because (s, "damage remains that repair=%s does not mend", level_name (s->repair));
+  return r;
+}
+
+/* --- the files behind it */
+
+static int
+open_behind (struct stack *s, const struct stack_options *opts, struct err *err)
+{
+  struct chain_options copts = {
+    .backing = opts->backing, .data_file = opts->data_file, .repair = s->repair,
+    .force_share = opts->force_share, .progress = opts->progress,
+  };
+  int r = chain_open (&s->top, &copts, &s->chain, &s->backing, err);
+
+  if (r == 0 && s->top.before->geom.data_file)
+    r = chain_data_file (&s->top, true, &copts, &s->data, err);
+  return r;
+}
+
+/* Guest writes go to the data file, so it needs an overlay of its own wherever
+ * the image has one: FILE.data beside FILE.  One that is there holds guest data
+ * and is laid also where nothing more will be written.
+ */
+static int
+lay_data_overlay (struct stack *s, struct err *err)
+{
+  if (!s->overlay || !s->data.source)
+    return 0;
+  if (asprintf (&s->data_overlay, "%s.data", s->overlay) < 0) {
+    s->data_overlay = NULL;
+    return err_set (err, ENOMEM, "out of memory");
+  }
+  if (s->why_read_only && access (s->data_overlay, F_OK) < 0)
+    return 0;
+  return layer_lay_file (&s->data, s->data_overlay, s->top.before->header.size, s->cache_size,
+                         &s->data_overlay_created, err);
+}
+
+/* --- serving */
+
+static void
+raise_to_writer (struct stack *s, struct layer *l)
+{
+  struct err why = { 0 };
+
+  if (!s->why_read_only && l->source && l->healed == l->source
+      && file_make_writable (l->source, &why) < 0)
+    read_only_because (s, "%s cannot be opened for writing: %s", l->path, why.msg);
+}
+
+static int
+open_view (struct stack *s, const struct snapshot *snapshot, bool read_only,
+           struct bdev **ret, struct err *err)
+{
+  struct image_options iopts = {
+    .cache_size = s->cache_size, .read_only = read_only, .backing = s->backing,
+    .data_file = s->data.healed, .snapshot = snapshot,
+  };
+
+  return image_open (s->top.healed, &iopts, ret, err);
+}
+
+static int
+open_guest (struct stack *s, const struct stack_options *opts, struct err *err)
+{
+  int r;
+
+  if (opts->force_share)
+    read_only_because (s, "force-share=true: another program may be writing to it");
+  if (opts->snapshot)
+    read_only_because (s, "a snapshot is never written to");
+  if (s->why_no_guest) {
+    read_only_because (s, "%s", s->why_no_guest);
+    return 0;
+  }
+  if (opts->snapshot)
+    return stack_open_snapshot (s, opts->snapshot, &s->guest, err);
+  r = lay_data_overlay (s, err);
+  if (r < 0)
+    return r;
+  raise_to_writer (s, &s->data);
+  raise_to_writer (s, &s->top);
+  r = open_view (s, NULL, s->why_read_only != NULL, &s->guest, err);
+  if (r < 0)
+    return r;
+  s->writable = s->guest->writable;
+  if (!s->writable)
+    read_only_because (s, "the image is read-only");
+  return 0;
+}
+
+static int
+open_unchecked (struct stack *s, const struct stack_options *opts, struct err *err)
+{
+  int r = open_view (s, NULL, true, &s->guest, err);
+
+  read_only_because (s, "check=false: an image that was not checked is not written to");
+  if (r == 0 && image_header (s->guest)->backing_off && opts->backing.follow != FOLLOW_NONE)
+    r = err_set (err, ENOTSUP, "%s has a backing file, which check=false does not look for; leave "
+                 "out check=false, or add backing=none to read zeros in its place", s->top.path);
+  return r;
+}
+
+static int
+build (struct stack *s, const struct stack_options *opts, struct err *err)
+{
+  bool created;
+  int r = layer_open (&s->top, opts->file, opts->force_share, err);
+
+  if (r < 0)
+    return r;
+  if (opts->check == STACK_CHECK_NO)
+    return open_unchecked (s, opts, err);
+  if (s->overlay && access (s->overlay, F_OK) == 0) {
+    r = lay_overlay (s, &created, err);
+    if (r < 0)
+      return r;
+    s->overlay_reused = true;
+  }
+  r = layer_check (&s->top, opts->check == STACK_CHECK_DEEP, opts->progress, err);
+  if (r == 0)
+    r = judge (s, err);
+  if (r == 0)
+    r = open_behind (s, opts, err);
+  if (r == 0)
+    r = heal_as_told (s, opts->progress, err);
+  if (r == 0)
+    r = open_guest (s, opts, err);
+  return r;
+}
+
+/* --- snapshots */
+
+const struct snapshot_vec *
+stack_snapshots (const struct stack *s)
+{
+  static const struct snapshot_vec none = VEC_INIT;
+
+  return s->top.before ? &layer_now (&s->top)->snapshots : &none;
+}
+
+int
+stack_open_snapshot (struct stack *s, const char *name, struct bdev **ret, struct err *err)
+{
+  const struct snapshot_vec *v = stack_snapshots (s);
+  const struct snapshot *found = NULL;
+
+  for (size_t i = 0; i < v->len && !found; ++i)
+    if (strcmp (v->ptr[i].name, name) == 0)
+      found = &v->ptr[i];
+  for (size_t i = 0; i < v->len && !found; ++i)
+    if (strcmp (v->ptr[i].id, name) == 0)
+      found = &v->ptr[i];
+  if (!found)
+    return err_set (err, ENOENT, "%s has no snapshot with the name or ID \"%s\"; "
+                    "`qemu-img snapshot -l' lists %zu", s->top.path, name, v->len);
+  if (s->why_no_guest)
+    return err_set (err, ENOTSUP, "%s", s->why_no_guest);
+  return open_view (s, found, true, ret, err);
+}
+
+/* --- life */
+
+static int
+stack_new (const struct stack_options *opts, struct stack **ret, struct err *err)
+{
+  struct stack *s = calloc (1, sizeof *s);
+
+  if (s) {
+    s->overlay = opts->overlay ? strdup (opts->overlay) : NULL;
+    s->repair = opts->repair;
+    s->cache_size = opts->cache_size;
+    s->live = opts->force_share;
+  }
+  if (!s || (opts->overlay && !s->overlay)) {
+    free (s);
+    return err_set (err, ENOMEM, "out of memory");
+  }
+  *ret = s;
+  return 0;
+}
+
+/* A start that was refused leaves nothing behind. */
+static void
+undo (struct stack *s)
+{
+  bdev_unref (s->guest);
+  s->guest = NULL;
+  s->writable = false;
+  if (s->overlay_created)
+    unlink (s->overlay);
+  if (s->data_overlay_created)
+    unlink (s->data_overlay);
+}
+
+int
+stack_open (const struct stack_options *opts, struct stack **ret, struct err *err)
+{
+  struct stack *s = NULL;
+  int r = stack_new (opts, &s, err);
+
+  *ret = NULL;
+  if (r < 0)
+    return r;
+  r = build (s, opts, err);
+  if (r < 0) {
+    undo (s);
+    if (!s->top.before) {
+      stack_close (s, NULL);
+      return r;
+    }
+  }
+  *ret = s;
+  return r;
+}
+
+int
+stack_close (struct stack *s, struct err *err)
+{
+  int r = 0;
+
+  if (!s)
+    return 0;
+  if (s->guest && s->writable)
+    r = bdev_flush (s->guest, err);
+  bdev_unref (s->guest);
+  bdev_unref (s->backing);
+  for (size_t i = 0; i < s->chain.len; ++i)
+    layer_reset (&s->chain.ptr[i]);
+  vec_reset (&s->chain);
+  layer_reset (&s->data);
+  layer_reset (&s->top);
+  free (s->overlay);
+  free (s->data_overlay);
+  free (s->why_read_only);
+  free (s->why_no_guest);
+  free (s);
+  return r;
+}

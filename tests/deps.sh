@@ -1,0 +1,132 @@
+#!/bin/bash
+# What building, testing and the demonstration need, and how to get it.
+#
+#   deps.sh --have GROUP...      exit 1 and say what is missing, if anything is
+#   deps.sh --install GROUP...   install what is missing, and nothing if nothing is
+#   deps.sh --list GROUP...      name the packages, missing or not
+#
+# Groups: build, unit (unit tests), test (tests/t), serve, soak.
+# Tried on Debian 12; the names for Fedora are given to the best of our knowledge.
+set -u
+
+# group | what is asked for | Debian and Ubuntu | Fedora
+# pc:NAME>=VERSION asks pkg-config; py:NAMES asks for modules of python3.
+table='
+build | cmd:pkg-config        | pkg-config          | pkgconf-pkg-config
+build | pc:nbdkit>=1.32       | nbdkit-plugin-dev   | nbdkit-devel
+build | pc:libnbd>=1.14       | libnbd-dev          | libnbd-devel
+build | pc:zlib               | zlib1g-dev          | zlib-devel
+build | pc:libzstd            | libzstd-dev         | libzstd-devel
+build | cmd:cc                | gcc libc6-dev       | gcc
+build | cmd:pod2man           | perl                | perl-podlators
+unit  | pc:cmocka             | libcmocka-dev       | libcmocka-devel
+unit  | cmd:prove             | perl                | perl-Test-Harness
+test  | cmd:podchecker        | perl                | perl-Pod-Checker
+test  | cmd:nbdkit            | nbdkit              | nbdkit-server
+test  | cmd:nbdcopy           | libnbd-bin          | libnbd
+test  | cmd:qemu-img          | qemu-utils          | qemu-img
+test  | cmd:qemu-io           | qemu-utils          | qemu-img
+test  | cmd:qemu-system-x86_64 | qemu-system-x86    | qemu-system-x86-core
+test  | cmd:mke2fs            | e2fsprogs           | e2fsprogs
+test  | cmd:jq                | jq                  | jq
+test  | py:json,zlib          | python3             | python3
+test  | cmd:busybox           | busybox-static      | busybox
+serve | cmd:nbdkit            | nbdkit              | nbdkit-server
+serve | cmd:nbdinfo           | libnbd-bin          | libnbd
+serve | cmd:qemu-img          | qemu-utils          | qemu-img
+serve | cmd:mke2fs            | e2fsprogs           | e2fsprogs
+soak  | cmd:fio               | fio                 | fio
+soak  | cmd:debootstrap       | debootstrap         | debootstrap
+'
+
+PATH=$PATH:/usr/sbin:/sbin      # e2fsprogs, debootstrap
+action=${1:-}
+shift
+groups=" $* "
+
+have ()
+{
+  local what=${1#*:}
+
+  case $1 in
+    cmd:*) command -v "$what" >/dev/null ;;
+    py:*)  python3 -c "import $what" 2>/dev/null ;;
+    pc:*)  "${PKG_CONFIG:-pkg-config}" --exists "${what/>=/ >= }" 2>/dev/null ;;
+  esac
+}
+
+if command -v apt-get >/dev/null; then
+  column=3
+elif command -v dnf >/dev/null; then
+  column=4
+else
+  column=0
+fi
+
+missing=() packages=()
+while IFS='|' read -r group what deb rpm; do
+  read -r group <<<"$group"; read -r what <<<"$what"
+  [[ -n $group && $groups == *" $group "* ]] || continue
+  if [[ $action != --list ]] && have "$what"; then continue; fi
+  case $what in py:*) missing+=("python3 (${what#py:})") ;; *) missing+=("${what#*:}") ;; esac
+  case $column in
+    3) packages+=($deb) ;;
+    4) packages+=($rpm) ;;
+  esac
+done <<<"$table"
+# Each name once.
+mapfile -t packages < <(printf '%s\n' "${packages[@]}" | sort -u)
+[[ -n ${packages[*]} ]] || packages=()
+
+as_root ()
+{
+  if [[ $(id -u) -eq 0 ]]; then
+    "$@"
+  elif command -v sudo >/dev/null; then
+    sudo "$@"
+  else
+    echo "This needs root, and there is no sudo.  As root, run:" >&2
+    echo "  $*" >&2
+    return 1
+  fi
+}
+
+install_deb ()
+{
+  local get=(env DEBIAN_FRONTEND=noninteractive apt-get -y -q --no-install-recommends)
+
+  # The lists may be empty or older than the archive: fetched only if that shows.
+  as_root "${get[@]}" install "$@" </dev/null && return
+  as_root apt-get -q update </dev/null && as_root "${get[@]}" install "$@" </dev/null
+}
+
+case $action in
+  --list)
+    printf '%s\n' "${packages[@]}"
+    ;;
+  --have)
+    [[ ${#missing[@]} -eq 0 ]] && exit 0
+    echo "qcow2repair: missing: ${missing[*]}" >&2
+    echo "Run: make deps" >&2
+    exit 1
+    ;;
+  --install)
+    [[ ${#missing[@]} -eq 0 ]] && exit 0
+    if [[ $column -eq 0 ]]; then
+      echo "qcow2repair: missing: ${missing[*]}" >&2
+      echo "No apt-get and no dnf here: install these your system's way." >&2
+      exit 1
+    fi
+    echo "qcow2repair: installing: ${packages[*]}"
+    if [[ $column -eq 3 ]]; then
+      install_deb "${packages[@]}"
+    else
+      as_root dnf -y install "${packages[@]}" </dev/null
+    fi || { echo "qcow2repair: could not install: ${packages[*]}" >&2; exit 1; }
+    exec "$0" --have "$@"
+    ;;
+  *)
+    sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2
+    exit 2
+    ;;
+esac

@@ -1,0 +1,3 @@
+#!/bin/bash
+# A hundred SIGKILLs of each kind: tests/t/kill.t at length.
+SOAK=1 exec bash "$(dirname "$0")/../t/kill.t"

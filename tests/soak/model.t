@@ -1,0 +1,3 @@
+#!/bin/bash
+# Forty thousand guest operations on each kind of image: tests/t/model.t at length.
+SOAK=1 exec bash "$(dirname "$0")/../t/model.t"
