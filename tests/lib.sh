@@ -243,6 +243,23 @@ server_stop ()
   return 0
 }
 
+# qemu_serves IMAGE OPTIONS...: stock QEMU has it open until qemu_stops.
+qemu_serves ()
+{
+  rm -f q.sock
+  # --fork returns once it listens.
+  qemu-nbd --fork --pid-file="$tmp/q.pid" -t -k "$tmp/q.sock" -f qcow2 "$@" 2>q.log || { cat q.log; return 1; }
+  qemu_pid=$(cat q.pid)
+  started_pids+=("$qemu_pid")
+}
+
+# Its parent is init, which may take its time to notice: a zombie has gone, too.
+qemu_stops ()
+{
+  kill "$qemu_pid"
+  while kill -0 "$qemu_pid" 2>/dev/null && ! grep -q '^State:.*Z' "/proc/$qemu_pid/status"; do sleep 0.01; done 2>/dev/null
+}
+
 # --- damage
 
 # A recipe that does not work is a test that does not either: see done_testing.

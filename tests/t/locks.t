@@ -3,22 +3,6 @@
 . "$(dirname "$0")/../lib.sh"
 require qemu-nbd
 
-# qemu_serves IMAGE OPTIONS...: stock QEMU has it open until qemu_stops.
-qemu_serves ()
-{
-  rm -f q.sock q.ready
-  # --fork returns once it listens.
-  qemu-nbd --fork --pid-file="$tmp/q.pid" -t -k "$tmp/q.sock" -f qcow2 "$@" 2>q.log || { cat q.log; return 1; }
-  qemu_pid=$(cat q.pid)
-  started_pids+=("$qemu_pid")
-}
-
-qemu_stops ()
-{
-  kill "$qemu_pid"
-  while kill -0 "$qemu_pid" 2>/dev/null; do :; done
-}
-
 make_image a.qcow2 16M
 io a.qcow2 'write -P 1 0 1M'
 make_image d.qcow2 16M

@@ -1,6 +1,7 @@
 #!/bin/bash
 # When the start is refused, no overlay is left behind.
 . "$(dirname "$0")/../lib.sh"
+require qemu-nbd
 
 no_overlay ()   # NAME ARG...
 {
@@ -37,15 +38,9 @@ no_overlay "an unknown incompatible feature" future.qcow2
 no_overlay "force-share with an overlay" base.qcow2 force-share=true
 no_overlay "unknown parameter" base.qcow2 repiar=off
 
-mkfifo done
-qemu-io -f qcow2 base.qcow2 <done >/dev/null &
-holder=$!
-exec 7>done
-echo 'read 0 512' >&7
-until ! qemu-img info base.qcow2 >/dev/null 2>&1; do kill -0 $holder || break; done
+ok "QEMU has it open for writing" qemu_serves base.qcow2
 no_overlay "an image in use" base.qcow2
-exec 7>&-
-wait $holder
+qemu_stops
 
 SERVE_TIMEOUT=20 ok "a folder that is not there: refused" not serve base.qcow2 overlay=nowhere/o.qcow2
 done_testing
