@@ -9,6 +9,7 @@
 
 #include "check/check.h"
 #include "heal/heal.h"
+#include "heal/lost.h"
 
 struct layer {
   char *path;                   /* as opened */
@@ -18,6 +19,7 @@ struct layer {
   struct check *before;         /* NULL: not checked */
   struct check *after;          /* NULL: nothing was healed */
   struct heal_result result;
+  struct lost lost;             /* guest ranges that nothing can bring back */
 };
 
 /* Open path (read-only, locked; force_share: not locked). */

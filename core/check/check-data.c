@@ -95,12 +95,24 @@ entry_finding (struct walk *w, enum finding_id id, uint64_t i, uint64_t n, uint6
   return 0;
 }
 
-/* An entry that hides which cluster it uses. */
+/* Entries that are to be mended. */
 static int
-bad_entry (struct walk *w, enum finding_id id, uint64_t i, uint64_t n, uint64_t raw)
+bad_entries (struct walk *w, enum finding_id id, enum bad_fix fix, uint64_t i, uint64_t n,
+             uint64_t raw)
+{
+  int r = entry_finding (w, id, i, n, raw, 0);
+
+  return r < 0 ? r : bad_add (w->k, (struct bad_run) {
+      .table_host_off = w->t->host_off, .index = i, .count = n, .why = id, .fix = fix }, w->err);
+}
+
+/* Entries that hide which clusters they use. */
+static int
+bad_entry (struct walk *w, enum finding_id id, enum bad_fix fix, uint64_t i, uint64_t n,
+           uint64_t raw)
 {
   set_incomplete (w->k);
-  return entry_finding (w, id, i, n, raw, 0);
+  return bad_entries (w, id, fix, i, n, raw);
 }
 
 /* --- claims */
@@ -116,8 +128,8 @@ report_overlaps (struct walk *w, uint64_t i, uint64_t ci, uint64_t n, uint64_t r
 
   while (r == 0 && (at = ownermap_find (w->k->meta, at, ci + n, true)) < ci + n) {
     stop = ownermap_find (w->k->meta, at, ci + n, false);
-    r = entry_finding (w, FINDING_L2_ENTRY_OVERLAP, i + (at - ci), stop - at,
-                       raw + ((at - ci) << w->g->cluster_bits), 0);
+    r = bad_entries (w, FINDING_L2_ENTRY_OVERLAP, BAD_LOST, i + (at - ci), stop - at,
+                     raw + ((at - ci) << w->g->cluster_bits));
     at = stop;
   }
   return r;
@@ -136,7 +148,7 @@ claim_standard (struct walk *w, uint64_t i, uint64_t n, uint64_t host_off, uint6
   if (host_off < w->k->end)
     room = (w->k->end - host_off) >> w->g->cluster_bits;
   if (n > room) {
-    r = bad_entry (w, FINDING_L2_ENTRY_OUTSIDE, i + room, n - room,
+    r = bad_entry (w, FINDING_L2_ENTRY_OUTSIDE, BAD_LOST, i + room, n - room,
                    raw + (room << w->g->cluster_bits));
     n = room;
   }
@@ -154,12 +166,12 @@ claim_compressed (struct walk *w, uint64_t i, const struct l2_entry *e, uint64_t
   int r;
 
   if (!range_fits (e->host_off, e->host_len, w->k->end))
-    return bad_entry (w, FINDING_L2_ENTRY_OUTSIDE, i, 1, raw);
+    return bad_entry (w, FINDING_L2_ENTRY_OUTSIDE, BAD_LOST, i, 1, raw);
   ci = e->host_off >> w->g->cluster_bits;
   n = ((e->host_off + e->host_len - 1) >> w->g->cluster_bits) - ci + 1;
   r = ownermap_claim (w->k->c->owners, ci, n, w->t->weight, &conflict, w->err);
   if (r == 0 && conflict && ownermap_find (w->k->meta, ci, ci + n, true) < ci + n)
-    r = entry_finding (w, FINDING_L2_ENTRY_OVERLAP, i, 1, raw, 0);
+    r = bad_entries (w, FINDING_L2_ENTRY_OVERLAP, BAD_LOST, i, 1, raw);
   return r;
 }
 
@@ -188,7 +200,7 @@ check_compressed (struct walk *w, uint64_t i, uint64_t raw, uint64_t bitmap,
   if (e->copied && w->t->active_weight)
     r = entry_finding (w, FINDING_L2_COPIED_WRONG, i, 1, raw, 0);
   if (r == 0 && (e->reserved || bitmap || w->g->data_file))
-    r = bad_entry (w, FINDING_L2_ENTRY_RESERVED, i, 1, raw);
+    r = bad_entry (w, FINDING_L2_ENTRY_RESERVED, BAD_RESERVED, i, 1, raw);
   if (r < 0 || e->reserved || w->g->data_file)
     return r;
   return claim_compressed (w, i, e, raw);
@@ -216,15 +228,15 @@ check_entry (struct walk *w, uint64_t i, uint64_t raw, uint64_t bitmap)
   if (w->g->version < 3)
     reserved |= raw & L2E_ZERO;
   if (reserved)
-    r = bad_entry (w, FINDING_L2_ENTRY_RESERVED, i, 1, raw);
+    r = bad_entry (w, FINDING_L2_ENTRY_RESERVED, BAD_RESERVED, i, 1, raw);
   if (r == 0 && bitmap_invalid (w->g, &e, bitmap))
-    r = entry_finding (w, FINDING_SUBCLUSTERS_INVALID, i, 1, raw, 0);
+    r = bad_entries (w, FINDING_SUBCLUSTERS_INVALID, BAD_SUBCLUSTERS, i, 1, raw);
   if (r < 0 || e.kind == CLUSTER_UNALLOCATED || e.kind == CLUSTER_ZERO_PLAIN)
     return r;
   count_standard (w, 1, e.host_off);
   w->uncopied |= !e.copied;
   if (!IS_ALIGNED (e.host_off, w->g->cluster_size))
-    return bad_entry (w, FINDING_L2_ENTRY_UNALIGNED, i, 1, raw);
+    return bad_entry (w, FINDING_L2_ENTRY_UNALIGNED, BAD_LOST, i, 1, raw);
   return claim_standard (w, i, 1, e.host_off, raw);
 }
 

@@ -40,6 +40,7 @@ struct checker {
   uint64_t nr_l1;
   struct l2_set l2;
   bool deep;                    /* as in the options */
+  pthread_mutex_t bad_lock;     /* protects c->bad, c->conflicts and c->nr_conflicts */
   atomic_bool incomplete;       /* becomes c->incomplete */
   atomic_bool look_at_copied;   /* some L2 entry of the active disk lacks COPIED */
 };
@@ -59,6 +60,9 @@ int claim_meta (struct checker *k, uint64_t off, uint64_t len, bool *conflict, s
 
 /* Add a finding with one item; fields that do not apply are FINDING_NO_OFF or 0. */
 int add_finding (struct checker *k, struct finding f, struct err *err);
+
+/* Entries [b.index, b.index + b.count) of a table are bad; thread-safe.  0 or -ENOMEM. */
+int bad_add (struct checker *k, struct bad_run b, struct err *err);
 
 /* A table of bytes at off: cluster aligned, not in the header, inside the file. */
 bool table_fits (const struct checker *k, uint64_t off, uint64_t bytes);

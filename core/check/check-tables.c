@@ -103,7 +103,8 @@ struct l1_walk {
 };
 
 static int
-l1_finding (struct l1_walk *w, enum finding_id id, uint64_t i, uint64_t raw, struct err *err)
+l1_finding (struct l1_walk *w, enum finding_id id, enum bad_fix fix, uint64_t i, uint64_t raw,
+            struct err *err)
 {
   const struct geom *g = w->k->g;
   struct finding f = {
@@ -114,7 +115,9 @@ l1_finding (struct l1_walk *w, enum finding_id id, uint64_t i, uint64_t raw, str
 
   if (finding_batch_add (&w->batch, &f) < 0)
     return err_set (err, ENOMEM, "out of memory");
-  return 0;
+  return bad_add (w->k, (struct bad_run) {
+      .table_host_off = w->l1_host_off, .index = i, .count = 1, .in_l1 = true,
+      .snapshot_index = w->snapshot_index, .why = id, .fix = fix }, err);
 }
 
 static int
@@ -133,7 +136,7 @@ claim_new_l2_table (struct l1_walk *w, uint64_t i, uint64_t raw, uint64_t host_o
   if (!conflict)
     return l2_insert (w->k, &t, err);
   set_incomplete (w->k);
-  return l1_finding (w, FINDING_L1_ENTRY_OVERLAP, i, raw, err);
+  return l1_finding (w, FINDING_L1_ENTRY_OVERLAP, BAD_LOST, i, raw, err);
 }
 
 static int
@@ -146,7 +149,7 @@ claim_l2_table (struct l1_walk *w, uint64_t i, uint64_t raw, uint64_t host_off, 
   t->weight++;
   t->active_weight += w->snapshot_index == FINDING_ACTIVE;
   if (t->last_l1 == w->snapshot_index)
-    return l1_finding (w, FINDING_L2_TABLE_SHARED, i, raw, err);
+    return l1_finding (w, FINDING_L2_TABLE_SHARED, BAD_LOST, i, raw, err);
   t->last_l1 = w->snapshot_index;
   return 0;
 }
@@ -161,17 +164,17 @@ check_l1_entry (struct l1_walk *w, uint64_t i, uint64_t raw, struct err *err)
   /* COPIED without an offset says that something was there. */
   if ((raw & L1E_RESERVED_MASK) || host_off == 0) {
     set_incomplete (k);
-    r = l1_finding (w, FINDING_L1_ENTRY_RESERVED, i, raw, err);
+    r = l1_finding (w, FINDING_L1_ENTRY_RESERVED, host_off ? BAD_RESERVED : BAD_LOST, i, raw, err);
   }
   if (r < 0 || host_off == 0)
     return r;
   if (!IS_ALIGNED (host_off, k->g->cluster_size)) {
     set_incomplete (k);
-    return l1_finding (w, FINDING_L1_ENTRY_UNALIGNED, i, raw, err);
+    return l1_finding (w, FINDING_L1_ENTRY_UNALIGNED, BAD_LOST, i, raw, err);
   }
   if (!table_fits (k, host_off, k->g->cluster_size)) {
     set_incomplete (k);
-    return l1_finding (w, FINDING_L1_ENTRY_OUTSIDE, i, raw, err);
+    return l1_finding (w, FINDING_L1_ENTRY_OUTSIDE, BAD_LOST, i, raw, err);
   }
   return claim_l2_table (w, i, raw, host_off, err);
 }

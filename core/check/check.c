@@ -18,6 +18,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "base/cleanup.h"
 #include "base/num.h"
 #include "check/check-int.h"
 
@@ -43,6 +44,33 @@ add_finding (struct checker *k, struct finding f, struct err *err)
   f.count = 1;
   r = finding_add (&k->c->findings, &f, k->g->cluster_size);
   return r < 0 ? err_set (err, -r, "out of memory") : 0;
+}
+
+int
+bad_add (struct checker *k, struct bad_run b, struct err *err)
+{
+  struct bad_run_vec *v = &k->c->bad;
+  struct bad_run *last;
+
+  LOCK_SCOPE (&k->bad_lock);
+  last = v->len ? &v->ptr[v->len - 1] : NULL;
+  if (last && last->table_host_off == b.table_host_off && last->in_l1 == b.in_l1 &&
+      last->snapshot_index == b.snapshot_index && last->why == b.why && last->fix == b.fix &&
+      last->index + last->count == b.index) {
+    last->count += b.count;
+    return 0;
+  }
+  return bad_run_vec_push (v, b) < 0 ? err_set (err, ENOMEM, "out of memory") : 0;
+}
+
+static int
+compare_bad (const void *pa, const void *pb)
+{
+  const struct bad_run *a = pa, *b = pb;
+
+  if (a->table_host_off != b->table_host_off)
+    return a->table_host_off < b->table_host_off ? -1 : 1;
+  return a->index < b->index ? -1 : a->index > b->index;
 }
 
 bool
@@ -80,6 +108,7 @@ checker_init (struct checker *k, struct bdev *d, const struct check_options *opt
     free (c);
     return err_set (err, -r, "out of memory");
   }
+  pthread_mutex_init (&k->bad_lock, NULL);
   k->c = c;
   k->d = d;
   k->g = &c->geom;
@@ -101,6 +130,7 @@ checker_reset (struct checker *k)
   vec_reset (&k->l2.tables);
   free (k->l2.slots);
   free (k->l1);
+  pthread_mutex_destroy (&k->bad_lock);
 }
 
 static int
@@ -139,6 +169,8 @@ check_run (struct bdev *d, const struct check_options *opts, struct check **ret,
     return r;
   }
   findings_finish (&k.c->findings, k.g->cluster_size);
+  if (k.c->bad.len)
+    qsort (k.c->bad.ptr, k.c->bad.len, sizeof *k.c->bad.ptr, compare_bad);
   *ret = k.c;
   return 0;
 }
@@ -155,6 +187,8 @@ check_free (struct check *c)
   free (c->rt.states);
   ownermap_free (c->owners);
   ownermap_free (c->kept);
+  vec_reset (&c->bad);
+  vec_reset (&c->conflicts);
   free (c->backing_name);
   free (c);
 }

@@ -12,6 +12,7 @@
 #define QR_CHECK_CHECK_H
 
 #include "base/progress.h"
+#include "check/bad.h"
 #include "check/finding.h"
 #include "check/ownermap.h"
 #include "dev/bdev.h"
@@ -67,6 +68,11 @@ struct check {
    * references and therefore stays as it is (as a set; the counts mean nothing).
    */
   struct ownermap *kept;
+  /* Every entry of an L1 or L2 table that cannot be right; sorted by table and index. */
+  struct bad_run_vec bad;
+  /* Who lies on whom: the first MAX_CONFLICTS, and how many there are. */
+  struct conflict_vec conflicts;
+  uint64_t nr_conflicts;
   char *backing_name;           /* as found, or NULL; owned */
   /* Something could not be followed (unreadable tables, bad snapshots or bitmaps, bad mapping
    * entries): clusters without a computed reference may be in use by it, so
