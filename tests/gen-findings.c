@@ -29,7 +29,7 @@ static const struct phase {
 } phases[] = {
   { 'H', "Header" }, { 'T', "Tables of the mapping" }, { 'C', "Compressed data" },
   { 'S', "Snapshots" }, { 'X', "Bitmaps and encryption header" }, { 'R', "Refcounts" },
-  { 'D', "Device" },
+  { 'O', "Orphans" }, { 'D', "Device" },
 };
 
 static const char *

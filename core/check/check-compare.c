@@ -65,18 +65,18 @@ compare_high (struct comparison *cmp, struct finding_batch *b, uint64_t ci, uint
               uint64_t refs, struct err *err)
 {
   struct checker *k = cmp->k;
+  int r;
 
   if (ci >= cmp->file_clusters)
     return value_finding (cmp, b, FINDING_REFCOUNT_PAST_END, ci, stored, refs);
   raise_end (cmp, ci);
   if (refs == 0 && k->soft && ownermap_get (k->soft, ci) > 0)
     return ownermap_claim (k->c->owners, ci, 1, stored, NULL, err);
-  if (k->c->kept) {
-    int r = ownermap_claim (k->c->kept, ci, 1, 1, NULL, err);
-
-    if (r < 0)
-      return r;
-  }
+  r = ownermap_claim (k->c->excess, ci, 1, refs ? EXCESS_REFERENCED : EXCESS_ORPHAN, NULL, err);
+  if (r == 0 && k->c->kept)
+    r = ownermap_claim (k->c->kept, ci, 1, 1, NULL, err);
+  if (r < 0)
+    return r;
   return value_finding (cmp, b, FINDING_REFCOUNT_HIGH, ci, stored, refs);
 }
 
@@ -219,7 +219,11 @@ compare_refcounts (struct checker *k, uint64_t *end_ci, struct err *err)
     r = comparison_init (&cmp, k, err);
     if (r < 0)
       return r;
-    r = compare_sound (&cmp, err);
+    ownermap_free (k->c->excess);
+    k->c->excess = NULL;
+    r = ownermap_new (k->memory_limit, &k->c->excess, err);
+    if (r == 0)
+      r = compare_sound (&cmp, err);
     again = cmp.failed.len > 0 && attempt < MAX_ATTEMPTS;
     if (r == 0)
       r = lose_blocks (k, &cmp.failed, err);

@@ -39,7 +39,7 @@ struct checker {
   uint64_t *l1;                 /* active L1 table, host byte order */
   uint64_t nr_l1;
   struct l2_set l2;
-  bool deep;                    /* as in the options */
+  bool deep, keep_leaks;        /* as in the options */
   pthread_mutex_t bad_lock;     /* protects c->bad, c->conflicts and c->nr_conflicts */
   atomic_bool incomplete;       /* becomes c->incomplete */
   atomic_bool look_at_copied;   /* some L2 entry of the active disk lacks COPIED */
@@ -106,6 +106,7 @@ int check_extras (struct checker *k, struct err *err);          /* check-extras.
 int check_data (struct checker *k, struct err *err);            /* check-data.c */
 int check_deep (struct checker *k, struct err *err);            /* check-deep.c */
 int check_refcounts (struct checker *k, struct err *err);       /* check-refcounts.c */
+int check_orphans (struct checker *k, struct err *err);         /* check-orphans.c */
 int check_copied_flags (struct checker *k, struct err *err);    /* check-copied.c */
 
 /* --- check-tables.c */

@@ -286,7 +286,7 @@ check_refcounts (struct checker *k, struct err *err)
 
   c->rt.host_off = c->header.rt_host_off;
   c->rt.clusters = c->header.rt_clusters;
-  if (c->incomplete)
+  if (c->incomplete || c->keep_orphans)
     r = ownermap_new (k->memory_limit, &c->kept, err);
   if (r == 0)
     r = check_table (k, err);

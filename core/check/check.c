@@ -114,6 +114,8 @@ checker_init (struct checker *k, struct bdev *d, const struct check_options *opt
   k->g = &c->geom;
   k->progress = opts ? opts->progress : NULL;
   k->deep = opts && opts->deep;
+  k->keep_leaks = opts && opts->keep_leaks;
+  c->keep_orphans = opts && (opts->keep_orphans || opts->keep_leaks);
   k->memory_limit = opts && opts->memory_limit ? opts->memory_limit : default_memory_limit ();
   c->file_size = bdev_size (d);
   r = ownermap_new (k->memory_limit, &c->owners, err);
@@ -138,7 +140,8 @@ run_phases (struct checker *k, struct err *err)
 {
   static int (*const phases[]) (struct checker *, struct err *) = {
     check_header, check_active_l1, check_snapshots, check_l2_close, check_extras,
-    check_data, check_deep, check_refcounts, check_copied_flags,
+    check_data, check_deep, check_refcounts, check_orphans,
+    check_copied_flags,
   };
   int r = 0;
 
@@ -187,6 +190,7 @@ check_free (struct check *c)
   free (c->rt.states);
   ownermap_free (c->owners);
   ownermap_free (c->kept);
+  ownermap_free (c->excess);
   vec_reset (&c->bad);
   vec_reset (&c->conflicts);
   free (c->backing_name);
@@ -202,5 +206,8 @@ check_copied (const struct check *c, uint64_t ci)
 bool
 check_sound (const struct check *c)
 {
-  return !findings_any (&c->findings, SEV_CORRUPT);
+  const uint64_t *n = c->findings.per_severity;
+  uint64_t orphans = c->keep_orphans ? orphan_findings (c) : 0;
+
+  return n[SEV_CORRUPT] == orphans && n[SEV_FATAL] == 0;
 }

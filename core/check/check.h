@@ -14,6 +14,7 @@
 #include "base/progress.h"
 #include "check/bad.h"
 #include "check/finding.h"
+#include "check/orphans.h"
 #include "check/ownermap.h"
 #include "dev/bdev.h"
 #include "fmt/header.h"
@@ -23,6 +24,10 @@ struct check_options {
   uint64_t memory_limit;        /* bytes for the reference map; 0 = a quarter of the RAM */
   struct progress *progress;    /* or NULL */
   bool deep;                    /* decompress every compressed cluster, too */
+  /* For what is repaired in place.  Orphans go into check.kept, and are no reason
+   * not to call the image sound; with keep_leaks all leaks do, whatever they look like.
+   */
+  bool keep_orphans, keep_leaks;
 };
 
 /* State of a refcount table entry after the check. */
@@ -64,7 +69,11 @@ struct check {
    * by the table and its RB_SOUND blocks too.
    */
   struct ownermap *owners;
-  /* Only if incomplete, else NULL: clusters whose refcount is above their
+  /* Clusters inside the file whose refcount is above their references: see orphans.h. */
+  struct ownermap *excess;
+  struct orphan_stats orphans;
+  bool keep_orphans;            /* as in the options */
+  /* Only if incomplete or if orphans are to be kept, else NULL: clusters whose refcount is above their
    * references and therefore stays as it is (as a set; the counts mean nothing).
    */
   struct ownermap *kept;
@@ -95,7 +104,7 @@ void check_free (struct check *c);      /* c may be NULL */
  */
 bool check_copied (const struct check *c, uint64_t ci);
 
-/* Nothing worse than leaks and notes. */
+/* Nothing worse than leaks and notes (and orphans, if they are kept). */
 bool check_sound (const struct check *c);
 
 #endif /* QR_CHECK_CHECK_H */

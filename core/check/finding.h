@@ -73,6 +73,7 @@ extern const struct finding_kind finding_kinds[NR_FINDINGS];
  *   R0x    host_off is the first cluster
  *   R1x    host_off is the refcount table
  *   R2x    index is the refcount table entry, host_off the first byte it covers
+ *   O      host_off is the first cluster
  */
 struct finding {
   enum finding_id id;

@@ -112,15 +112,33 @@ keep_block (struct heal *h, uint64_t index, struct err *err)
   return r;
 }
 
+/* Orphans that are to stay and whose refcount is lost: they get one. */
+static int
+keep_lost_orphans (struct heal *h, struct err *err)
+{
+  uint64_t stop = 0, ci;
+  int r = 0;
+
+  if (!h->c->kept || !h->c->keep_orphans)
+    return 0;
+  while (r == 0 && (ci = orphan_next (h->c, stop, h->file_clusters, &stop)) < h->file_clusters)
+    for (; r == 0 && ci < stop; ++ci)
+      if (orphan_unknown (h->c, ci) && ownermap_get (h->c->owners, ci) == 0) {
+        r = ownermap_claim (h->c->owners, ci, 1, 1, NULL, err);
+        h->res->leaks_kept++;
+      }
+  return r;
+}
+
 /* An incomplete check must not free what it did not understand. */
 static int
 keep_refcounts (struct heal *h, struct err *err)
 {
   const struct rt_state *rt = &h->c->rt;
-  int r = 0;
+  int r = keep_lost_orphans (h, err);
 
-  if (!rt->usable || !h->c->incomplete)
-    return 0;
+  if (r < 0 || !rt->usable || !h->c->kept)
+    return r;
   for (uint64_t i = 0; r == 0 && i < rt->nr_entries; ++i)
     if (rt->states[i] == RB_SOUND)
       r = keep_block (h, i, err);
@@ -194,7 +212,7 @@ choose_growth (const struct heal *h)
 {
   if (!h->d->can_grow)
     return REBUILD_FIXED;
-  return h->c->incomplete ? REBUILD_APPEND : REBUILD_GROW_IF_FULL;
+  return h->c->kept ? REBUILD_APPEND : REBUILD_GROW_IF_FULL;
 }
 
 int
@@ -359,7 +377,9 @@ heal_replace_blocks (struct heal *h, bool *fits, struct err *err)
   int r;
 
   *fits = true;
-  r = place_lost_blocks (h, &places, fits, err);
+  r = keep_lost_orphans (h, err);
+  if (r == 0)
+    r = place_lost_blocks (h, &places, fits, err);
   h->res->blocks_replaced = places.len;
   if (r == 0 && *fits)
     r = write_lost_blocks (h, &places, err);
@@ -383,7 +403,7 @@ set_values_in_piece (struct heal *h, uint64_t first_ci, uint64_t first, uint64_t
     uint64_t right = right_refcount (h, first_ci + i);
 
     /* Past the end of the file there is nothing to keep. */
-    if (direction == HEAL_LOWER && h->c->incomplete && first_ci + i < h->file_clusters)
+    if (direction == HEAL_LOWER && h->c->kept && first_ci + i < h->file_clusters)
       continue;
     if (direction == HEAL_RAISE ? stored < right : stored > right) {
       refbits_set (h->buf, h->g.refcount_order, i, right);
@@ -430,7 +450,7 @@ heal_values (struct heal *h, enum heal_direction direction, struct err *err)
   uint64_t changed = 0;
   int r = 0;
 
-  if (direction == HEAL_LOWER && h->c->incomplete)
+  if (direction == HEAL_LOWER && h->c->kept)
     h->res->leaks_kept = h->c->findings.totals[FINDING_REFCOUNT_HIGH];
   if (!values_wrong (h, direction))
     return 0;

@@ -12,7 +12,7 @@
  * Stopped anywhere, the next start checks again and finishes (I6).
  *
  * What this does not do: move, drop or invent guest data.  Where the check could
- * not follow everything (c->incomplete), no refcount is lowered, since what looks
+ * not follow everything, or orphans are to be kept (c->kept), no refcount is lowered, since what looks
  * like a leak may be all that is left of a lost table.
  */
 #include <errno.h>
@@ -164,6 +164,7 @@ otherwise_sane (const struct check *after)
 {
   for (int id = 0; id < NR_FINDINGS; ++id)
     if (id != FINDING_DIRTY && id != FINDING_CORRUPT_BIT
+        && !(after->keep_orphans && finding_kinds[id].code[0] == 'O')
         && finding_kinds[id].severity >= SEV_CORRUPT && after->findings.totals[id])
       return false;
   return true;

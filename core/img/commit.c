@@ -8,8 +8,12 @@
  *      that are durable now; write them; flush.
  *      An external data file is flushed as well.
  *      => data (I4), refcounts (I2) and new L2 tables are durable.
- *   B  write the copied slices and L1 entries; flush.
- *      => the new mapping is durable, the old one is gone.
+ *   B  write the L1 entries that changed; flush.  They name tables that are durable
+ *      since A, with what these held when they were made: nothing, or a copy of the
+ *      table that a snapshot keeps.  Then write the copied slices; flush.
+ *      => the new mapping is durable, the old one is gone.  And a table that nothing
+ *      names never holds an entry of its own, which to a check is a table that
+ *      was lost, not one that was never there (core/check/check-orphans.c).
  *   C  the references taken in 0 are gone from the disk (I3).  Wait until nobody
  *      uses what they named, punch what was discarded, and only then lower the
  *      refcounts, in RAM: from there on the allocator may use the clusters
@@ -370,9 +374,11 @@ commit_mapping (struct image *img, struct commit *c, struct err *err)
 
   if (c->nr_slices == 0 && c->l1_pieces.len == 0)
     return 0;
-  r = write_slices (img, c, err);
+  r = write_l1 (img, c, err);
+  if (r == 0 && c->l1_pieces.len > 0 && c->nr_slices > 0)
+    r = commit_flush_file (img, err);
   if (r == 0)
-    r = write_l1 (img, c, err);
+    r = write_slices (img, c, err);
   if (r == 0)
     r = commit_flush_file (img, err);
   if (r < 0)

@@ -161,7 +161,7 @@ test_l1_place (void **state)
     struct check *c;
 
     put64 (d, HEADER_OFF_L1_TABLE, places[i]);
-    c = check_and_drop (d, "H05:1 R02:19");
+    c = check_and_drop (d, "H05:1 R02:19 O01:2 O02:1");
     assert_true (c->incomplete);
     assert_true (findings_any (&c->findings, SEV_FATAL));
     assert_int_equal (ownermap_end (c->kept), ownermap_end (c->owners) + 19);
@@ -175,11 +175,11 @@ test_l1_size (void **state)
   struct bdev *d = plain ();
 
   put32 (d, HEADER_OFF_L1_SIZE, (MAX_L1_BYTES / 8) + 1);
-  expect (bdev_ref (d), "H07:1 R02:19", true);
+  expect (bdev_ref (d), "H07:1 R02:19 O01:2 O02:1", true);
   put32 (d, HEADER_OFF_L1_SIZE, UINT32_MAX);
-  expect (bdev_ref (d), "H07:1 R02:19", true);
+  expect (bdev_ref (d), "H07:1 R02:19 O01:2 O02:1", true);
   put32 (d, HEADER_OFF_L1_SIZE, 0);
-  expect (bdev_ref (d), "H06:1 R02:19", false);
+  expect (bdev_ref (d), "H06:1 R02:19 O01:2 O02:1", false);
   put32 (d, HEADER_OFF_L1_SIZE, 1);
   put64 (d, HEADER_OFF_SIZE, UINT64_C (1) << 33);
   expect (bdev_ref (d), "H06:1", false);
@@ -201,18 +201,18 @@ test_l1_entries (void **state)
   put64 (d, at, good | UINT64_C (1) << 60);
   expect (bdev_ref (d), "T01:1", true);
   put64 (d, at, COPIED);
-  expect (bdev_ref (d), "T01:1 R02:18", true);
+  expect (bdev_ref (d), "T01:1 R02:18 O01:1 O02:1", true);
   put64 (d, at, good + 512);
-  expect (bdev_ref (d), "T02:1 R02:18", true);
+  expect (bdev_ref (d), "T02:1 R02:18 O01:1 O02:1", true);
   put64 (d, at, COPIED | FAR);
   c = check_image (d);
-  assert_findings (c, "T03:1 R02:18");
+  assert_findings (c, "T03:1 R02:18 O01:1 O02:1");
   assert_int_equal (first_run (c, FINDING_L1_ENTRY_OUTSIDE)->found, COPIED | FAR);
   assert_int_equal (first_run (c, FINDING_L1_ENTRY_OUTSIDE)->guest_len, UINT64_C (1) << 29);
   check_free (c);
   /* Its own L1 table: claimed, not followed, and now referenced twice. */
   put64 (d, at, COPIED | get64 (d, HEADER_OFF_L1_TABLE));
-  expect (bdev_ref (d), "T04:1 T21:1 R01:1 R02:18", true);
+  expect (bdev_ref (d), "T04:1 T21:1 R01:1 R02:18 O01:1 O02:1", true);
   bdev_unref (d);
 }
 
@@ -227,7 +227,7 @@ test_l2_table_shared (void **state)
   put64 (d, l1_place (d, 1), good & ~COPIED);
   put64 (d, l1_place (d, 0), good & ~COPIED);
   /* The second table and its cluster leak; the first and its 16 have two references. */
-  c = check_and_drop (d, "T05:1 T22:16 R01:17 R02:2");
+  c = check_and_drop (d, "T05:1 T22:16 R01:17 R02:2 O01:1 O02:1");
   assert_int_equal (first_run (c, FINDING_L2_TABLE_SHARED)->index, 1);
   assert_int_equal (first_run (c, FINDING_L2_COPIED_WRONG)->count, 16);
   assert_int_equal (c->stats.l2_tables, 1);
@@ -249,28 +249,28 @@ test_l2_entries (void **state)
   put64 (d, at, 4);                     /* reserved bits where nothing is allocated */
   expect (bdev_ref (d), "T11:1 R02:1", true);
   put64 (d, at, good + 512);
-  expect (bdev_ref (d), "T12:1 R02:1", true);
+  expect (bdev_ref (d), "T12:1 R02:1 O02:1", true);
   put64 (d, at, COPIED | FAR);
-  expect (bdev_ref (d), "T13:1 R02:1", true);
+  expect (bdev_ref (d), "T13:1 R02:1 O02:1", true);
   put64 (d, at, COPIED | FAR | L2E_ZERO);
-  expect (bdev_ref (d), "T13:1 R02:1", true);
+  expect (bdev_ref (d), "T13:1 R02:1 O02:1", true);
   put64 (d, at, COPIED | bdev_size (d));
-  expect (bdev_ref (d), "T13:1 R02:1", true);
+  expect (bdev_ref (d), "T13:1 R02:1 O02:1", true);
   put64 (d, at, L2E_ZERO);              /* sound, but what it had leaks */
   expect (bdev_ref (d), "R02:1", false);
   put64 (d, at, good | L2E_ZERO);       /* preallocated zero cluster */
   expect (bdev_ref (d), "", false);
   put64 (d, at, L2E_COMPRESSED | FAR);
-  expect (bdev_ref (d), "T13:1 R02:1", true);
+  expect (bdev_ref (d), "T13:1 R02:1 O02:1", true);
   put64 (d, at, COPIED | get64 (d, HEADER_OFF_L1_TABLE));
   c = check_image (d);
-  assert_findings (c, "T14:1 T22:1 R01:1 R02:1");
+  assert_findings (c, "T14:1 T22:1 R01:1 R02:1 O02:1");
   assert_int_equal (first_run (c, FINDING_L2_ENTRY_OVERLAP)->guest_off, 3 * 65536);
   assert_int_equal (first_run (c, FINDING_L2_ENTRY_OVERLAP)->index, 3);
   assert_false (c->incomplete);
   check_free (c);
   put64 (d, at, L2E_COMPRESSED | 100);  /* a stream in the header */
-  expect (bdev_ref (d), "T14:1 R01:1 R02:1", false);
+  expect (bdev_ref (d), "T14:1 R01:1 R02:1 O02:1", false);
   bdev_unref (d);
 }
 
@@ -381,7 +381,7 @@ test_subclusters (void **state)
   put64 (d, at + 8, UINT64_C (1) << 32);
   expect (bdev_ref (d), "R02:1", false);
   put64 (d, at, good + 512);
-  expect (bdev_ref (d), "T12:1 R02:1", true);
+  expect (bdev_ref (d), "T12:1 R02:1 O02:1", true);
   put64 (d, at, good | 1);              /* bit 0 is reserved here */
   expect (d, "T11:1", true);
 }
@@ -498,29 +498,29 @@ test_snapshots (void **state)
   /* A bad entry in its L1 table: what the snapshot had loses an owner. */
   put64 (d, l1[0], entry[0] + 512);
   c = check_image (d);
-  assert_findings (c, "T02:1 R02:17");          /* A, D0 - D15 */
+  assert_findings (c, "T02:1 R02:17 O02:1");          /* A, D0 - D15 */
   assert_int_equal (first_run (c, FINDING_L1_ENTRY_UNALIGNED)->snapshot_index, 0);
   assert_true (c->incomplete);
   check_free (c);
   put64 (d, l1[0], entry[0]);
   put64 (d, l1[1], entry[1] + 512);
-  expect (bdev_ref (d), "T02:1 R02:17", true);  /* B, E0, D1 - D15; no T22 for E0 */
+  expect (bdev_ref (d), "T02:1 R02:17 O02:1", true);  /* B, E0, D1 - D15; no T22 for E0 */
   put64 (d, l1[1], entry[1]);
 
   put64 (d, table, l1[0] + 512);
-  expect (bdev_ref (d), "S03:1 R02:18", true);
+  expect (bdev_ref (d), "S03:1 R02:18 O01:1 O02:1", true);
   put64 (d, table, FAR);
-  expect (bdev_ref (d), "S03:1 R02:18", true);
+  expect (bdev_ref (d), "S03:1 R02:18 O01:1 O02:1", true);
   put64 (d, table, UINT64_MAX - 65535);
-  expect (bdev_ref (d), "S03:1 R02:18", true);
+  expect (bdev_ref (d), "S03:1 R02:18 O01:1 O02:1", true);
   put64 (d, table, get64 (d, l1_place (d, 0)) & L1E_OFF_MASK);  /* on C: not followed */
-  expect (bdev_ref (d), "T21:1 S04:1 R01:1 R02:18", true);
+  expect (bdev_ref (d), "T21:1 S04:1 R01:1 R02:18 O01:1 O02:1", true);
   put64 (d, table, l1[0]);
   put64 (d, second, l1[0]);                     /* on another L1 table: followed */
-  expect (bdev_ref (d), "S04:1 R01:3 R02:3", true);
+  expect (bdev_ref (d), "S04:1 R01:3 R02:3 O01:1 O02:1", true);
   put64 (d, second, l1[1]);
   put32 (d, table + 8, MAX_L1_BYTES / 8 + 1);
-  expect (bdev_ref (d), "S03:1 R02:18", true);
+  expect (bdev_ref (d), "S03:1 R02:18 O01:1 O02:1", true);
   bdev_unref (d);
 }
 
@@ -532,14 +532,14 @@ test_snapshot_table (void **state)
   struct check *c;
 
   put64 (d, HEADER_OFF_SNAPSHOTS, table + 8);
-  expect (bdev_ref (d), "S01:1 R02:22", true);
+  expect (bdev_ref (d), "S01:1 R02:22 O01:2 O02:1", true);
   put64 (d, HEADER_OFF_SNAPSHOTS, FAR);
-  expect (bdev_ref (d), "S01:1 R02:22", true);
+  expect (bdev_ref (d), "S01:1 R02:22 O01:2 O02:1", true);
   put64 (d, HEADER_OFF_SNAPSHOTS, 0);
-  expect (bdev_ref (d), "S01:1 R02:22", true);
+  expect (bdev_ref (d), "S01:1 R02:22 O01:2 O02:1", true);
   put64 (d, HEADER_OFF_SNAPSHOTS, table);
   put32 (d, HEADER_OFF_NB_SNAPSHOTS, 65537);
-  expect (bdev_ref (d), "S05:1 R02:22", true);
+  expect (bdev_ref (d), "S05:1 R02:22 O01:2 O02:1", true);
   put32 (d, HEADER_OFF_NB_SNAPSHOTS, 2);
   c = check_image (d);
   second = table + c->snapshots.ptr[1].entry_off;
@@ -549,7 +549,7 @@ test_snapshot_table (void **state)
   put32 (d, second + 36, 16);
   put32 (d, table + 36, 1025);
   c = check_image (d);
-  assert_findings (c, "S02:1 R02:21");
+  assert_findings (c, "S02:1 R02:21 O01:2 O02:1");
   assert_int_equal (first_run (c, FINDING_SNAPSHOT_ENTRY_BAD)->index, 0);
   assert_int_equal (c->snapshots.len, 0);
   check_free (c);
@@ -754,10 +754,10 @@ test_unreadable (void **state)
   struct check *c = NULL;
   struct bdev *bad;
 
-  expect (with_bad_range (d, l1_place (d, 0), 1), "T07:1 R02:17", true);
-  expect (with_bad_range (d, l2_place (d, 0, 9), 1), "T06:1 R02:16", true);
-  expect (with_bad_range (d, snapshots, 1), "S01:1 R02:21", true);
-  expect (with_bad_range (d, get64 (d, snapshots), 1), "S03:1 R02:17", true);
+  expect (with_bad_range (d, l1_place (d, 0), 1), "T07:1 R02:17 O01:1 O02:1", true);
+  expect (with_bad_range (d, l2_place (d, 0, 9), 1), "T06:1 R02:16 O02:1", true);
+  expect (with_bad_range (d, snapshots, 1), "S01:1 R02:21 O01:2 O02:1", true);
+  expect (with_bad_range (d, get64 (d, snapshots), 1), "S03:1 R02:17 O02:1", true);
   expect (with_bad_range (d, rt, 1), "R17:1", false);
   expect (with_bad_range (d, get64 (d, rt), 1), "R24:1", false);
   bad = with_bad_range (d, 60, 1);
@@ -779,7 +779,7 @@ test_bad_sector_costs_one_table (void **state)
   assert_int_equal (c->stats.l2_tables, 32);
   check_free (c);
   bad = with_bad_range (d, second, 1);
-  c = check_and_drop (bad, "T06:1 R02:64");
+  c = check_and_drop (bad, "T06:1 R02:64 O02:1");
   assert_int_equal (first_run (c, FINDING_L2_TABLE_UNREADABLE)->guest_off, 32768);
   check_free (c);
   bdev_unref (d);

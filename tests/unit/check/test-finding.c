@@ -33,7 +33,7 @@ add (struct findings *fs, struct finding f)
 static void
 test_table (void **state)
 {
-  static const char letters[] = "HTCSXRD";
+  static const char letters[] = "HTCSXROD";
   unsigned letter = 0;
   int number = 0;
 

@@ -372,7 +372,7 @@ test_json (void **state)
   if (run ("command -v python3") == 0) {
     assert_int_equal (run ("python3 -c 'import json,sys; a = json.load(open(sys.argv[1]));"
                            "by = {f[\"code\"]: f for f in a};"
-                           "assert sorted(by) == [\"R01\", \"R02\", \"T13\"], by;"
+                           "assert sorted(by) == [\"O02\", \"R01\", \"R02\", \"T13\"], by;"
                            "t = by[\"T13\"];"
                            "assert t[\"entry\"] == \"0x8000010000000000\", t;"
                            "assert t[\"guest-offset\"] == 3 * 65536, t;"
