@@ -285,6 +285,7 @@ stack_new (const struct stack_options *opts, struct stack **ret, struct err *err
     free (s);
     return err_set (err, ENOMEM, "out of memory");
   }
+  pthread_mutex_init (&s->orphans_lock, NULL);
   *ret = s;
   return 0;
 }
@@ -343,6 +344,8 @@ stack_close (struct stack *s, struct err *err)
   free (s->data_overlay);
   free (s->why_read_only);
   free (s->why_no_guest);
+  orphans_free (s->orphans);
+  pthread_mutex_destroy (&s->orphans_lock);
   free (s);
   return r;
 }

@@ -4,7 +4,10 @@
 #ifndef QR_STACK_H
 #define QR_STACK_H
 
+#include <pthread.h>
+
 #include "chain.h"
+#include "heal/orphans.h"
 
 enum stack_check {
   STACK_CHECK_YES,              /* check=true */
@@ -25,7 +28,7 @@ struct stack_options {
   struct progress *progress;    /* or NULL */
 };
 
-/* Constant once stack_open returned. */
+/* Constant once stack_open returned, but for orphans. */
 struct stack {
   struct layer top;             /* the image; its path as given */
   struct layer data;            /* its external data file, if it has one */
@@ -43,6 +46,8 @@ struct stack {
   char *why_no_guest;           /* likewise, if the guest disk cannot be read (encrypted) */
   struct bdev *backing;         /* what unallocated clusters read from, or NULL */
   struct bdev *guest;           /* the guest disk; NULL if it can't be served */
+  pthread_mutex_t orphans_lock;
+  struct orphans *orphans;      /* protected by orphans_lock until made: see lost-found.h */
 };
 
 /* Open, check, heal as the options say and prepare the guest disk.  On failure

@@ -4,6 +4,7 @@
  *   snapshot/NAME    the disk as an internal snapshot remembers it; by ID too
  *   healed.qcow2     the image file itself, as the repair changes it
  *   report.json      what was found and mended
+ *   lost+found       what nothing references any more; lost+found.json is its index
  *
  * All but the first are read-only.  The handle of a connection owns the device
  * behind it; the guest disk is one device for all, so that a flush on one
@@ -23,12 +24,19 @@
 #include "base/cleanup.h"
 #include "base/num.h"
 #include "dev/mem.h"
+#include "lost-found.h"
 #include "plugin/plugin.h"
 #include "report.h"
 
 #define SNAPSHOT_PREFIX "snapshot/"
 #define HEALED_NAME     "healed.qcow2"
 #define REPORT_NAME     "report.json"
+#define ORPHANS_NAME    "lost+found"
+#define INDEX_NAME      "lost+found.json"
+
+static const char orphans_description[] =
+  "clusters that nothing references any more, read-only";
+static const char index_description[] = "what is where in lost+found, as JSON";
 
 /* The handles that are open.  On the way out nbdkit does not call close for
  * connections that are still there, and without that the image would never be
@@ -110,21 +118,40 @@ open_healed (struct bdev **ret, struct err *err)
 }
 
 static int
-open_report (struct bdev **ret, struct err *err)
+write_report (FILE *fp, struct err *err)
+{
+  return report_write_json (fp, served, NULL);
+}
+
+static int
+write_index (FILE *fp, struct err *err)
+{
+  return lost_found_write_json (served, fp, SIZE_MAX, err);
+}
+
+/* A device with what the function writes. */
+static int
+open_text (const char *name, int (*write) (FILE *, struct err *), struct bdev **ret,
+           struct err *err)
 {
   char *text = NULL;
   size_t len = 0;
   FILE *fp = open_memstream (&text, &len);
-  int r = fp ? report_write_json (fp, served, NULL) : -ENOMEM;
+  int r = fp ? write (fp, err) : -ENOMEM;
 
-  if (fp && fclose (fp) == EOF)
+  if (fp && fclose (fp) == EOF && r == 0)
     r = -ENOMEM;
   if (r == 0)
-    r = mem_new (REPORT_NAME, len, false, ret, err);
-  if (r == 0)
+    r = mem_new (name, len, false, ret, err);
+  if (r == 0) {
     r = bdev_pwrite (*ret, text, len, 0, 0, err);
+    if (r < 0)
+      bdev_unref (*ret);
+  }
   free (text);
-  return r < 0 ? err_set (err, -r, "cannot make the report: %s", strerror (-r)) : 0;
+  if (r < 0 && err->code == 0)
+    err_set (err, -r, "cannot make %s: %s", name, strerror (-r));
+  return r;
 }
 
 static int
@@ -143,7 +170,15 @@ open_named (const char *name, struct export *e, struct err *err)
   }
   if (strcmp (name, REPORT_NAME) == 0) {
     e->description = "what was found and mended, as JSON";
-    return open_report (&e->d, err);
+    return open_text (REPORT_NAME, write_report, &e->d, err);
+  }
+  if (strcmp (name, ORPHANS_NAME) == 0) {
+    e->description = orphans_description;
+    return lost_found_open (served, &e->d, err);
+  }
+  if (strcmp (name, INDEX_NAME) == 0) {
+    e->description = index_description;
+    return open_text (INDEX_NAME, write_index, &e->d, err);
   }
   if (strncmp (name, SNAPSHOT_PREFIX, strlen (SNAPSHOT_PREFIX)) == 0) {
     e->description = "the disk as an internal snapshot remembers it, read-only";
@@ -249,7 +284,13 @@ exports_list (int readonly, int is_tls, struct nbdkit_exports *exports)
   if (nbdkit_add_export (exports, HEALED_NAME,
                          "the qcow2 image file itself, as healed, read-only") == -1)
     return -1;
-  return nbdkit_add_export (exports, REPORT_NAME, "what was found and mended, as JSON");
+  if (nbdkit_add_export (exports, REPORT_NAME, "what was found and mended, as JSON") == -1)
+    return -1;
+  if (!lost_found_any (served))
+    return 0;
+  if (nbdkit_add_export (exports, ORPHANS_NAME, orphans_description) == -1)
+    return -1;
+  return nbdkit_add_export (exports, INDEX_NAME, index_description);
 }
 
 const char *

@@ -38,6 +38,7 @@ value_form (enum finding_id id)
     return VALUE_PAIR;
   case FINDING_L1_TOO_LARGE:
   case FINDING_TOO_MANY_SNAPSHOTS:
+  case FINDING_ORPHANED_DATA:
   case FINDING_RT_TOO_LARGE:
     return VALUE_FOUND;
   case FINDING_AUTOCLEAR_UNKNOWN:
