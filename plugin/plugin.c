@@ -51,7 +51,7 @@ plugin_dump (void)
   printf ("qcow2repair_repair=off,refcounts,all\n");
   printf ("qcow2repair_check=true,false,deep\n");
   printf ("qcow2repair_sources=file,block-device\n");
-  printf ("qcow2repair_exports=disk,snapshot/*,healed.qcow2,report.json\n");
+  printf ("qcow2repair_exports=disk,snapshot/*,healed.qcow2,report.json,lost+found,lost+found.json\n");
 }
 
 /* Without these, nbdkit would ask the callbacks' mere existence. */
