@@ -35,6 +35,7 @@ void
 layer_reset (struct layer *l)
 {
   bdev_unref (l->healed);
+  bdev_unref (l->overlay);
   bdev_unref (l->source);
   check_free (l->before);
   check_free (l->after);
@@ -91,6 +92,7 @@ layer_lay_file (struct layer *l, const char *overlay_path, uint64_t guest_size,
 {
   struct overlay_options oopts = {
     .source_path = l->path, .cache_size = cache_size, .max_size = max_healed_size (l, guest_size),
+    .file = &l->overlay, .direct = l->journal,
   };
   struct bdev *healed;
   int r = overlay_open (overlay_path, l->source, &oopts, &healed, created, err);

@@ -16,6 +16,8 @@ struct layer {
   bool raw;                     /* the file is the disk, nothing to check */
   struct bdev *source;          /* the file, opened read-only and locked */
   struct bdev *healed;          /* its bytes as an overlay changes them, or source again */
+  bool journal;                 /* the overlay is a journal that only we make (overlay.h: direct) */
+  struct bdev *overlay;         /* the overlay's own file; NULL: none, or in memory */
   struct check *before;         /* NULL: not checked */
   struct check *after;          /* NULL: nothing was healed */
   struct heal_result result;

@@ -138,6 +138,23 @@ json_string_if (FILE *fp, const char *name, const char *s)
   report_json_string (fp, s);
 }
 
+/* What was written into the image, and by way of what. */
+static void
+json_committed (FILE *fp, const struct inplace *ip)
+{
+  json_string_if (fp, "note", ip->note);
+  if (!ip->committed)
+    return;
+  fprintf (fp, ",\n  \"committed\": {\n    \"bytes-written\": %" PRIu64
+           ",\n    \"bytes-zeroed\": %" PRIu64 ",\n    \"size-before\": %" PRIu64
+           ",\n    \"size-after\": %" PRIu64 ",\n    \"resumed\": %s,\n    \"journal\": ",
+           ip->result.bytes_written + ip->data_result.bytes_written,
+           ip->result.bytes_zeroed + ip->data_result.bytes_zeroed, ip->result.old_size,
+           ip->result.new_size, ip->resumed ? "true" : "false");
+  report_json_string (fp, ip->journal);
+  fprintf (fp, "\n  }");
+}
+
 static void
 json_stack (FILE *fp, const struct stack *s)
 {
@@ -146,6 +163,7 @@ json_stack (FILE *fp, const struct stack *s)
   json_string_if (fp, "overlay", s->overlay);
   json_string_if (fp, "data-file", s->data.path);
   json_string_if (fp, "data-overlay", s->data_overlay);
+  json_committed (fp, &s->inplace);
   json_chain (fp, s);
   fprintf (fp, ",\n  \"live\": %s", s->live ? "true" : "false");
   fprintf (fp, ",\n  \"served\": \"%s\"",
@@ -229,15 +247,29 @@ text_chain (FILE *fp, const struct stack *s)
 }
 
 static void
+text_committed (FILE *fp, const struct inplace *ip)
+{
+  if (ip->note)
+    fprintf (fp, "note: %s\n", ip->note);
+  if (!ip->committed)
+    return;
+  fprintf (fp, "%s: %" PRIu64 " bytes written, %" PRIu64 " zeroed; the journal %s was removed\n",
+           ip->resumed ? "a commit that had been cut off was finished" : "committed to the image",
+           ip->result.bytes_written + ip->data_result.bytes_written,
+           ip->result.bytes_zeroed + ip->data_result.bytes_zeroed, ip->journal);
+}
+
+static void
 text_verdict (FILE *fp, const struct stack *s)
 {
   if (!s->guest)
     fprintf (fp, "the guest disk is not served%s%s\n", s->why_no_guest ? ": " : "",
              s->why_no_guest ? s->why_no_guest : "");
   else if (s->writable)
-    fprintf (fp, "serving read-write, %s%s\n",
+    fprintf (fp, "serving read-write, %s%s%s\n",
              s->overlay ? "writes go to the overlay " : "in place",
-             s->overlay ? s->overlay : "");
+             s->overlay ? s->overlay : "",
+             s->inplace.committed ? "; the repair was written to the image" : "");
   else
     fprintf (fp, "serving READ-ONLY: %s\n", s->why_read_only ? s->why_read_only : "");
 }
@@ -247,11 +279,12 @@ report_write_text (FILE *fp, const struct stack *s)
 {
   if (s->top.before) {
     fprintf (fp, "checked %s%s%s%s:\n", s->top.path, s->overlay_reused ? " as changed by " : "",
-             s->overlay_reused ? s->overlay : "",
+             !s->overlay_reused ? "" : s->overlay ? s->overlay : s->inplace.journal,
              s->live ? " (in use elsewhere: findings may be transient)" : "");
     report_text (fp, s->top.before, RUNS_SHOWN);
   }
   text_after (fp, &s->top);
   text_chain (fp, s);
+  text_committed (fp, &s->inplace);
   text_verdict (fp, s);
 }

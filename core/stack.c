@@ -10,11 +10,13 @@
  * Whether the guest may write is decided here and nowhere else:
  *
  *   sound or leaking, no overlay   in place (the locks are raised, never released between)
+ *   inplace=true                   in place, once the repair is in the image (inplace.c)
  *   overlay=FILE                   into the overlay, once the healed image is sound
  *   damaged, no overlay            read-only: the repair lives in RAM
  *   anything else                  read-only, and why_read_only says why
  *
- * I1: the source is opened for writing in one case only, the first.
+ * I1: the source is opened for writing in the first two cases only; in the second
+ * it is changed by the commit alone, whose journal is durable first.
  */
 #include <errno.h>
 #include <stdarg.h>
@@ -108,6 +110,38 @@ heal_as_told (struct stack *s, struct progress *progress, struct err *err)
   if (r == 0 && !check_sound (layer_now (top)))
     read_only_because (s, "damage remains that repair=%s does not mend", level_name (s->repair));
   return r;
+}
+
+/* inplace=true: the overlay is a journal.  It is made where there is something to
+ * repair, and written into the image once it is whole and sound.
+ */
+static int
+heal_in_place (struct stack *s, struct progress *progress, struct err *err)
+{
+  struct layer *top = &s->top;
+  bool sound = check_sound (top->before);
+  int r = 0;
+
+  if (sound && !s->overlay_reused && !s->inplace.resumed) {
+    free (s->overlay);          /* nothing to do: no file is made */
+    s->overlay = NULL;
+    return 0;
+  }
+  if (!s->overlay_reused && !s->inplace.resumed) {
+    top->journal = !s->overlay;
+    if (!s->overlay)
+      r = inplace_journal_path (s, &s->overlay, err);
+    if (r == 0)
+      r = lay_overlay (s, &s->overlay_created, err);
+  }
+  if (r == 0 && !s->inplace.resumed && heal_needed (top->before, s->repair))
+    r = layer_heal (top, s->repair, progress, err);
+  if (r == 0 && !check_sound (layer_now (top)))
+    r = err_set (err, EINVAL, "%s: damage remains that repair=%s does not mend, so nothing was "
+                 "written into it.  The findings name the level that mends each; without "
+                 "inplace=true it is served as far as it can be read", top->path,
+                 level_name (s->repair));
+  return r < 0 ? r : inplace_commit (s, progress, err);
 }
 
 /* --- the files behind it */
@@ -216,6 +250,8 @@ build (struct stack *s, const struct stack_options *opts, struct err *err)
   bool created;
   int r = layer_open (&s->top, opts->file, opts->force_share, err);
 
+  if (r == 0)
+    r = inplace_begin (s, opts->progress, err);
   if (r < 0)
     return r;
   if (opts->check == STACK_CHECK_NO)
@@ -232,7 +268,7 @@ build (struct stack *s, const struct stack_options *opts, struct err *err)
   if (r == 0)
     r = open_behind (s, opts, err);
   if (r == 0)
-    r = heal_as_told (s, opts->progress, err);
+    r = (s->inplace.wanted ? heal_in_place : heal_as_told) (s, opts->progress, err);
   if (r == 0)
     r = open_guest (s, opts, err);
   return r;
@@ -280,6 +316,7 @@ stack_new (const struct stack_options *opts, struct stack **ret, struct err *err
     s->repair = opts->repair;
     s->cache_size = opts->cache_size;
     s->live = opts->force_share;
+    s->inplace.wanted = opts->inplace;
   }
   if (!s || (opts->overlay && !s->overlay)) {
     free (s);
@@ -297,7 +334,9 @@ undo (struct stack *s)
   bdev_unref (s->guest);
   s->guest = NULL;
   s->writable = false;
-  if (s->overlay_created)
+  if (s->inplace.wanted)
+    inplace_undo (s);
+  else if (s->overlay_created)
     unlink (s->overlay);
   if (s->data_overlay_created)
     unlink (s->data_overlay);
@@ -340,6 +379,7 @@ stack_close (struct stack *s, struct err *err)
   vec_reset (&s->chain);
   layer_reset (&s->data);
   layer_reset (&s->top);
+  inplace_reset (&s->inplace);
   free (s->overlay);
   free (s->data_overlay);
   free (s->why_read_only);

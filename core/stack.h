@@ -8,6 +8,7 @@
 
 #include "chain.h"
 #include "heal/orphans.h"
+#include "inplace.h"
 
 enum stack_check {
   STACK_CHECK_YES,              /* check=true */
@@ -18,6 +19,7 @@ enum stack_check {
 struct stack_options {
   const char *file;             /* path of the image */
   const char *overlay;          /* path, or NULL */
+  bool inplace;                 /* write repairs, and the overlay, into the image */
   enum repair_level repair;
   enum stack_check check;
   struct follow_policy backing;
@@ -37,6 +39,7 @@ struct stack {
   char *data_overlay;           /* path of the overlay over the data file, or NULL */
   enum repair_level repair;
   size_t cache_size;
+  struct inplace inplace;
   bool overlay_created;         /* by this start */
   bool data_overlay_created;
   bool overlay_reused;          /* it was there, and the check looked through it */

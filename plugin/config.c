@@ -34,11 +34,12 @@ struct config config = {
 };
 
 enum {
-  P_FILE, P_REPAIR, P_OVERLAY, P_SNAPSHOT, P_BACKING, P_DATA_FILE, P_REPORT, P_CHECK,
+  P_FILE, P_REPAIR, P_OVERLAY, P_INPLACE, P_SNAPSHOT, P_BACKING, P_DATA_FILE, P_REPORT, P_CHECK,
   P_CACHE_SIZE, P_FORCE_SHARE, NR_PARAMS
 };
 
 static int parse_repair (const char *value);
+static int parse_inplace (const char *value);
 static int parse_snapshot (const char *value);
 static int parse_backing (const char *value);
 static int parse_data_file (const char *value);
@@ -54,6 +55,7 @@ static struct param {
   [P_FILE]        = { "file" },
   [P_REPAIR]      = { "repair", parse_repair },
   [P_OVERLAY]     = { "overlay" },
+  [P_INPLACE]     = { "inplace", parse_inplace },
   [P_SNAPSHOT]    = { "snapshot", parse_snapshot },
   [P_BACKING]     = { "backing", parse_backing },
   [P_DATA_FILE]   = { "data-file", parse_data_file },
@@ -68,7 +70,6 @@ static const struct later {
   const char *key, *instead;
 } later[] = {
   { "uri", "copy the image to a local file and name it with file=" },
-  { "inplace", "heal into overlay=FILE, look at it, then apply it with: qemu-img commit FILE" },
   { "lost", "ranges that cannot be mapped fail with an I/O error" },
   { "cluster-size", "images whose header is lost cannot be opened yet" },
   { "virtual-size", "images whose header is lost cannot be opened yet" },
@@ -78,6 +79,8 @@ const char config_help[] =
   "[file=]IMAGE               (required) the qcow2 image, a file or block device\n"
   "overlay=FILE               write repairs and the guest's changes to FILE, never to\n"
   "                           IMAGE; made if missing, used again if there\n"
+  "inplace=true|false         write repairs into IMAGE itself, by way of a journal, and an\n"
+  "                           overlay that is there, too\n"
   "repair=off|refcounts|all   what may be mended (default refcounts)\n"
   "snapshot=NAME-OR-ID        serve this internal snapshot as the guest disk, read-only\n"
   "backing=refuse|follow|none|[raw:|qcow2:]FILE\n"
@@ -157,6 +160,23 @@ parse_repair (const char *value)
   if (strcmp (value, "salvage") == 0)
     return refuse ("repair=salvage is not supported by this version; it has off, refcounts and all");
   return refuse_value (P_REPAIR, value, levels, "off, refcounts, all");
+}
+
+static int
+parse_bool (int param, const char *value, bool *ret)
+{
+  int b = nbdkit_parse_bool (value);
+
+  if (b == -1)
+    return refuse ("%s=%s is not known; known: true, false", params[param].key, value);
+  *ret = b;
+  return 0;
+}
+
+static int
+parse_inplace (const char *value)
+{
+  return parse_bool (P_INPLACE, value, &config.stack.inplace);
 }
 
 static int
@@ -240,12 +260,7 @@ parse_cache_size (const char *value)
 static int
 parse_force_share (const char *value)
 {
-  int b = nbdkit_parse_bool (value);
-
-  if (b == -1)
-    return refuse ("force-share=%s is not known; known: true, false", value);
-  config.stack.force_share = b;
-  return 0;
+  return parse_bool (P_FORCE_SHARE, value, &config.stack.force_share);
 }
 
 int
@@ -369,6 +384,14 @@ refuse_same (int a, const char *path_a, int b, const char *path_b)
   return 0;
 }
 
+static bool
+has_suffix (const char *s, const char *suffix)
+{
+  size_t n = strlen (s), m = strlen (suffix);
+
+  return n >= m && strcmp (s + n - m, suffix) == 0;
+}
+
 /* Values that exclude each other. */
 static int
 refuse_contradictions (void)
@@ -387,6 +410,14 @@ refuse_contradictions (void)
   if (o->check == STACK_CHECK_NO && o->snapshot)
     return refuse ("check=false and snapshot= exclude each other: the check is what reads the "
                    "snapshot table; leave out one of them");
+  if (o->inplace && (o->force_share || o->check == STACK_CHECK_NO || o->snapshot))
+    return refuse ("inplace=true and %s exclude each other: an image is written to only if nobody "
+                   "else may be writing, it was checked, and its active disk is what is served; "
+                   "leave out one of them", o->force_share ? "force-share=true"
+                   : o->check == STACK_CHECK_NO ? "check=false" : "snapshot=");
+  if (wants_overlay && has_suffix (params[P_OVERLAY].value, INPLACE_SUFFIX))
+    return refuse ("overlay=%s: names that end so are those of journals (see inplace=); choose "
+                   "another", params[P_OVERLAY].value);
   if (o->check == STACK_CHECK_NO && wants_repair)
     return refuse ("check=false and repair=%s exclude each other: what was not checked cannot be "
                    "mended; leave out one of them", params[P_REPAIR].value);

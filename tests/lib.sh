@@ -490,3 +490,26 @@ require_peak ()
 {
   build_helper peak
 }
+
+# --- being killed
+
+# A library that ends the server at its Nth change to a file; see tests/killat.c.
+require_killat ()
+{
+  [ -z "$sanitized" ] || skip_all "preloading does not go together with a sanitizer"
+  ${CC:-cc} -O1 -D_GNU_SOURCE -shared -fPIC -o "$tmp/killat.so" "$tests_dir/killat.c" -ldl 2>cc.log ||
+    skip_all "tests/killat.c cannot be built: $(head -n 1 cc.log)"
+}
+
+# killed_at N ARG...: a captive server that is killed at its Nth change to a file.
+# Fails if it ended before that.
+killed_at ()
+{
+  local n=$1
+  shift
+
+  rm -f killed
+  { LD_PRELOAD=$tmp/killat.so KILL_AT=$n KILL_MARK=$tmp/killed timeout -k 5 60 \
+      nbdkit -U - "$PLUGIN" "$@" --run 'unset LD_PRELOAD KILL_AT; true' >killed.log 2>&1; } 2>/dev/null
+  [ -e killed ]
+}

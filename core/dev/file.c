@@ -21,6 +21,7 @@
  */
 #include <errno.h>
 #include <fcntl.h>
+#include <libgen.h>
 #include <linux/falloc.h>
 #include <linux/fs.h>
 #include <pthread.h>
@@ -463,6 +464,36 @@ file_create (const char *path, struct bdev **ret, struct err *err)
   if (r < 0)
     unlink (path);
   return r;
+}
+
+int
+file_sync_folder (const char *path, struct err *err)
+{
+  CLEANUP_FREE char *copy = strdup (path);
+  int fd, errnum = 0;
+
+  if (copy == NULL)
+    return err_set (err, ENOMEM, "out of memory");
+  fd = open (dirname (copy), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  if (fd < 0)
+    return err_set (err, errno, "cannot open the folder of %s: %s", path, strerror (errno));
+  while (fsync (fd) < 0) {
+    if (errno == EINTR)
+      continue;
+    errnum = errno == EINVAL || is_unsupported (errno) ? 0 : errno;
+    break;
+  }
+  close (fd);
+  return errnum ? err_set (err, errnum, "cannot sync the folder of %s: %s", path,
+                           strerror (errnum)) : 0;
+}
+
+int
+file_remove (const char *path, struct err *err)
+{
+  if (unlink (path) < 0 && errno != ENOENT)
+    return err_set (err, errno, "cannot remove %s: %s", path, strerror (errno));
+  return file_sync_folder (path, err);
 }
 
 int

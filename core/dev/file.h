@@ -26,6 +26,14 @@ int file_open (const char *path, unsigned flags, struct bdev **ret, struct err *
  */
 int file_create (const char *path, struct bdev **ret, struct err *err);
 
+/* Make durable that path exists, or that it does not any more.  0 also on file
+ * systems that cannot sync a directory.
+ */
+int file_sync_folder (const char *path, struct err *err);
+
+/* Remove path, durably.  0 also if nothing was there. */
+int file_remove (const char *path, struct err *err);
+
 /* Turn a device opened read-only into a writable one: the locks are raised on
  * the descriptor that holds them, so that there is no instant at which another
  * writer could slip in, then the same inode (not the path) is opened again.

@@ -11,6 +11,10 @@ struct overlay_options {
   const char *source_path;      /* recorded as the backing file name */
   uint64_t max_size;            /* bytes the healed file may ever need */
   size_t cache_size;
+  bool direct;                  /* make it under its own name at once: nobody else can be making
+                                   it, and a part of one (fingerprint_read: -ENODATA) is known
+                                   for what it is */
+  struct bdev **file;           /* if not NULL: gets a reference to the overlay's own file */
 };
 
 /* Open the overlay at path over source, or create it if nothing is there
@@ -21,6 +25,12 @@ struct overlay_options {
  */
 int overlay_open (const char *path, struct bdev *source, const struct overlay_options *opts,
                   struct bdev **healed, bool *created, struct err *err);
+
+/* The overlay in file, whatever its fingerprint says (the caller has judged it),
+ * over source: -EINVAL if it is damaged.
+ */
+int overlay_reopen (struct bdev *file, struct bdev *source, struct bdev **healed,
+                    struct err *err);
 
 /* The same in RAM, gone with the last reference. */
 int overlay_in_memory (struct bdev *source, const struct overlay_options *opts,

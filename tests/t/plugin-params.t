@@ -26,7 +26,7 @@ refused ()
 dump=$("${nbdkit_env[@]}" nbdkit "$PLUGIN" --dump-plugin)
 keys=$(sed -n 's/^qcow2repair_parameters=//p' <<<"$dump" | tr , ' ')
 is "--dump-plugin lists the parameters" "$keys" \
-  "file repair overlay snapshot backing data-file report check cache-size force-share"
+  "file repair overlay inplace snapshot backing data-file report check cache-size force-share"
 ok "--dump-plugin tells the levels" eval 'grep -qx "qcow2repair_repair=off,refcounts,all" <<<"$dump"'
 
 refused "no image" 'which image'
@@ -35,7 +35,7 @@ refused "misspelt: overly" 'did you mean overlay=' a.qcow2 overly=o
 refused "misspelt: fiel" 'did you mean file=' fiel=a.qcow2
 refused "misspelt: cache_size" 'did you mean cache-size=' a.qcow2 cache_size=1M
 refused "misspelt: Force-Share" 'did you mean force-share=' a.qcow2 Force-Share=1
-for key in uri inplace lost cluster-size virtual-size; do
+for key in uri lost cluster-size virtual-size; do
   refused "not there yet: $key" "$key= is not supported by this version: " a.qcow2 $key=x
 done
 refused "not there yet: salvage" 'off, refcounts and all' a.qcow2 repair=salvage
@@ -57,6 +57,11 @@ refused "repair twice" 'repair= is given twice' a.qcow2 repair=all repair=all
 refused "overlay twice" 'overlay= is given twice' a.qcow2 overlay=o overlay=p
 
 refused "force-share and overlay" 'force-share=true and overlay= exclude' a.qcow2 force-share=1 overlay=o
+refused "inplace=perhaps" 'inplace=perhaps is not known' a.qcow2 inplace=perhaps
+for other in force-share=true check=false snapshot=x; do
+  refused "inplace and $other" "inplace=true and ${other%%=x}.* exclude" a.qcow2 inplace=true $other
+done
+refused "an overlay with a journal's name" 'those of journals' a.qcow2 overlay=x.qcow2repair-journal
 refused "check=false and overlay" 'check=false and overlay= exclude' a.qcow2 check=false overlay=o
 refused "check=false and a repair" 'check=false and repair=all exclude' a.qcow2 check=false repair=all
 refused "check=false and a snapshot" 'check=false and snapshot= exclude' a.qcow2 check=false snapshot=s

@@ -1,0 +1,266 @@
+/* See journal.h.
+ *
+ * I1: this is the only code that changes a damaged image, and it refuses to
+ * unless the journal says durably that it is committing.
+ *
+ * The order in which ranges are copied does not matter, nor does it matter what
+ * of them a crash leaves on the disk: the journal is whole, and copying again
+ * ends in the same bytes.  What is equal already is not written, so that thin
+ * volumes stay thin; except in a second copy: after a write-back that failed, the
+ * kernel's cache may show bytes that the disk never got.
+ *
+ * What the overlay itself holds, as opposed to what it shows of the source, is
+ * found out by looking at it over a device that calls all its bytes "a hole
+ * that does not read as zeros", which no other device says.
+ */
+#include <errno.h>
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/cleanup.h"
+#include "base/num.h"
+#include "heal/journal.h"
+#include "heal/overlay.h"
+#include "img/image.h"
+
+#define CHUNK (1 << 20)         /* bytes read at a time */
+#define GRAIN 4096              /* bytes that are written together if one of them differs */
+
+/* --- state */
+
+int
+journal_mark (struct bdev *file, struct bdev *healed, struct bdev *source,
+              enum overlay_state state, struct err *err)
+{
+  uint8_t raw[FINGERPRINT_LENGTH];
+  struct fingerprint f;
+  uint64_t host_off;
+  int r = fingerprint_read (file, &f, &host_off, err);
+
+  if (r < 0)
+    return r;
+  if (state == OVERLAY_COMMITTING) {
+    /* Durable as a whole before its state says so. */
+    r = bdev_flush (healed, err);
+    if (r == 0)
+      r = fingerprint_sums (healed, &f, err);
+    f.source_size = bdev_size (source);
+    f.has_mtime = false;
+    f.mtime_sec = f.mtime_nsec = 0;
+  }
+  f.state = state;
+  fingerprint_encode (&f, raw);
+  if (r == 0)
+    r = bdev_flush (file, err);
+  if (r == 0)
+    r = bdev_pwrite (file, raw, sizeof raw, host_off, 0, err);
+  return r < 0 ? r : bdev_flush (file, err);
+}
+
+static int
+refuse_changed (struct bdev *file, struct bdev *source, struct err *err)
+{
+  return err_set (err, EINVAL, "%s was changed since a repair of it began to be written into it "
+                  "from the journal %s, or the journal belongs to another image.  Nothing was "
+                  "written now.  If the image was replaced by a good one (a backup), remove the "
+                  "journal", source->name, file->name);
+}
+
+int
+journal_accept (struct bdev *file, struct bdev *source, struct bdev **healed,
+                struct err *err)
+{
+  struct fingerprint then, now;
+  struct bdev *d = NULL;
+  uint64_t host_off;
+  int r = fingerprint_read (file, &then, &host_off, err);
+
+  if (r == 0)
+    r = overlay_reopen (file, source, &d, err);
+  if (r < 0)
+    return r;
+  if (bdev_size (source) != then.source_size && bdev_size (source) != bdev_size (d))
+    r = refuse_changed (file, source, err);
+  if (r == 0)
+    r = fingerprint_sums (d, &now, err);
+  if (r == 0 && (now.edges_crc != then.edges_crc || now.samples_crc != then.samples_crc))
+    r = refuse_changed (file, source, err);
+  if (r == 0)
+    *healed = d;
+  else
+    bdev_unref (d);
+  return r;
+}
+
+/* --- what the overlay holds */
+
+static int
+marker_pread (struct bdev *d, void *buf, size_t len, uint64_t off, struct err *err)
+{
+  return err_set (err, EIO, "%s: it has no bytes", d->name);
+}
+
+static int
+marker_extents (struct bdev *d, uint64_t off, uint64_t len, bdev_extent_fn fn, void *opaque,
+                struct err *err)
+{
+  return fn (opaque, off, len, BDEV_HOLE);
+}
+
+static void
+marker_close (struct bdev *d)
+{
+  free (d);
+}
+
+static const struct bdev_ops marker_ops = {
+  .kind = "marker",
+  .pread = marker_pread,
+  .extents = marker_extents,
+  .close = marker_close,
+};
+
+/* The overlay over nothing: *ret tells what comes from the source as BDEV_HOLE alone. */
+static int
+open_alone (struct bdev *file, struct bdev **ret, struct err *err)
+{
+  struct bdev *marker = calloc (1, sizeof *marker);
+  struct image_options opts = { .read_only = true };
+  int r;
+
+  if (!marker)
+    return err_set (err, ENOMEM, "out of memory");
+  r = bdev_init (marker, &marker_ops, "what the overlay does not hold", INT64_MAX, false, false,
+                 err);
+  if (r < 0) {
+    free (marker);
+    return r;
+  }
+  opts.backing = marker;
+  r = image_open (file, &opts, ret, err);
+  bdev_unref (marker);
+  return r;
+}
+
+/* --- copying */
+
+struct copy {
+  struct bdev *healed, *source;
+  uint8_t *want, *have;         /* CHUNK bytes each */
+  bool again;                   /* write also what seems to be there already */
+  struct progress *progress;
+  struct journal_result *res;
+  struct err *err;
+};
+
+/* Bytes of buf from at on, in whole grains, that are (or are not) as in the source. */
+static size_t
+run_of (const struct copy *c, size_t at, size_t len, bool equal)
+{
+  size_t end = at;
+
+  while (end < len) {
+    size_t n = MIN (len - end, GRAIN);
+
+    if ((memcmp (c->want + end, c->have + end, n) == 0) != equal)
+      break;
+    end += n;
+  }
+  return end - at;
+}
+
+static int
+change (struct copy *c, size_t at, size_t len, uint64_t off, bool zero)
+{
+  if (zero) {
+    c->res->bytes_zeroed += len;
+    return bdev_zero (c->source, off + at, len, BDEV_MAY_TRIM, c->err);
+  }
+  c->res->bytes_written += len;
+  return bdev_pwrite (c->source, c->want + at, len, off + at, 0, c->err);
+}
+
+static int
+copy_chunk (struct copy *c, uint64_t off, size_t len, bool zero)
+{
+  int r = c->again ? 0 : bdev_pread (c->source, c->have, len, off, c->err);
+
+  if (r == 0 && !zero)
+    r = bdev_pread (c->healed, c->want, len, off, c->err);
+  else if (r == 0)
+    memset (c->want, 0, len);
+  if (r == 0 && c->again)
+    return change (c, 0, len, off, zero);
+  for (size_t at = 0; r == 0 && at < len; ) {
+    size_t n;
+
+    at += run_of (c, at, len, true);
+    n = run_of (c, at, len, false);
+    if (n)
+      r = change (c, at, n, off, zero);
+    at += n;
+  }
+  return r;
+}
+
+static int
+copy_extent (void *opaque, uint64_t off, uint64_t len, unsigned kind)
+{
+  struct copy *c = opaque;
+  int r = 0;
+
+  if (kind == BDEV_HOLE)
+    return 0;
+  while (r == 0 && len > 0) {
+    size_t n = MIN (len, CHUNK);
+
+    r = copy_chunk (c, off, n, kind & BDEV_ZERO);
+    off += n;
+    len -= n;
+    progress_update (c->progress, "writing the repair into the image", off,
+                     bdev_size (c->healed));
+  }
+  return r;
+}
+
+static int
+copy_all (struct copy *c, struct bdev *file, struct err *err)
+{
+  uint64_t size = bdev_size (c->healed);
+  struct bdev *alone = NULL;
+  int r = 0;
+
+  c->res->old_size = bdev_size (c->source);
+  if (size > c->res->old_size)
+    r = bdev_resize (c->source, size, err);
+  c->res->new_size = bdev_size (c->source);
+  if (r == 0)
+    r = open_alone (file, &alone, err);
+  if (r == 0)
+    r = bdev_extents (alone, 0, size, copy_extent, c, err);
+  bdev_unref (alone);
+  return r < 0 ? r : bdev_flush (c->source, err);
+}
+
+int
+journal_copy (struct bdev *file, struct bdev *healed, struct bdev *source, bool again,
+              struct progress *progress, struct journal_result *res, struct err *err)
+{
+  CLEANUP_FREE uint8_t *want = malloc (CHUNK), *have = malloc (CHUNK);
+  struct copy c = { .healed = healed, .source = source, .want = want, .have = have,
+                    .again = again, .progress = progress, .res = res, .err = err };
+  struct fingerprint f;
+  uint64_t host_off;
+  int r = fingerprint_read (file, &f, &host_off, err);
+
+  memset (res, 0, sizeof *res);
+  if (r < 0)
+    return r;
+  if (!want || !have)
+    return err_set (err, ENOMEM, "out of memory");
+  if (f.state != OVERLAY_COMMITTING)    /* I1 */
+    return err_set (err, EINVAL, "%s: it is not marked as being written into %s", file->name,
+                    source->name);
+  return copy_all (&c, file, err);
+}

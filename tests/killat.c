@@ -1,0 +1,71 @@
+/* Preloaded into a program: ends it by SIGKILL at its Nth attempt to change a
+ * file, before anything of that attempt is done.  For tests only.
+ *
+ *   KILL_AT=N      count from 1; unset or 0: never
+ *   KILL_MARK=FILE made when it happens, so that the end of a sweep is known
+ *
+ * Counted are the library calls that this program changes files by.  A child
+ * goes on counting where its parent was at the fork.
+ */
+#include <dlfcn.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+static atomic_uint calls;
+
+static void
+count (void)
+{
+  const char *at = getenv ("KILL_AT"), *mark = getenv ("KILL_MARK");
+
+  if (!at || !mark || atomic_fetch_add (&calls, 1) + 1 != strtoul (at, NULL, 10))
+    return;
+  syscall (SYS_close, syscall (SYS_openat, AT_FDCWD, mark, O_CREAT | O_WRONLY, 0600));
+  syscall (SYS_kill, syscall (SYS_getpid), SIGKILL);
+}
+
+#define NEXT(name) ((__typeof__ (&name)) dlsym (RTLD_NEXT, #name))
+
+/* result name (parameters), passed on as arguments. */
+#define COUNTED(result, name, parameters, arguments)    \
+  result name parameters { count (); return NEXT (name) arguments; }
+
+COUNTED (ssize_t, pwrite, (int fd, const void *b, size_t n, off_t o), (fd, b, n, o))
+COUNTED (ssize_t, pwrite64, (int fd, const void *b, size_t n, off64_t o), (fd, b, n, o))
+COUNTED (int, fsync, (int fd), (fd))
+COUNTED (int, fdatasync, (int fd), (fd))
+COUNTED (int, ftruncate, (int fd, off_t n), (fd, n))
+COUNTED (int, ftruncate64, (int fd, off64_t n), (fd, n))
+COUNTED (int, fallocate, (int fd, int m, off_t o, off_t n), (fd, m, o, n))
+COUNTED (int, fallocate64, (int fd, int m, off64_t o, off64_t n), (fd, m, o, n))
+COUNTED (int, rename, (const char *a, const char *b), (a, b))
+COUNTED (int, renameat2, (int d, const char *a, int e, const char *b, unsigned f), (d, a, e, b, f))
+COUNTED (int, unlink, (const char *a), (a))
+COUNTED (int, link, (const char *a, const char *b), (a, b))
+COUNTED (int, symlink, (const char *a, const char *b), (a, b))
+COUNTED (int, chmod, (const char *a, mode_t m), (a, m))
+COUNTED (int, mkdir, (const char *a, mode_t m), (a, m))
+
+#define COUNTED_OPEN(name)                              \
+  int name (const char *path, int flags, ...)           \
+  {                                                     \
+    va_list args;                                       \
+    mode_t mode;                                        \
+                                                        \
+    va_start (args, flags);                             \
+    mode = flags & O_CREAT ? va_arg (args, mode_t) : 0; \
+    va_end (args);                                      \
+    if (flags & (O_CREAT | O_TRUNC))                    \
+      count ();                                         \
+    return NEXT (name) (path, flags, mode);             \
+  }
+
+COUNTED_OPEN (open)
+COUNTED_OPEN (open64)
