@@ -24,7 +24,8 @@ struct bad_run {
   uint64_t table_host_off;      /* of the L1 or L2 table */
   uint32_t index, count;        /* entries [index, index + count) */
   bool in_l1;                   /* the table is an L1 table */
-  int32_t snapshot_index;       /* in_l1: whose (FINDING_ACTIVE or a snapshot).  An L2 table
+  int32_t snapshot_index;       /* in_l1: whose (FINDING_ACTIVE or a snapshot); else
+                                   FINDING_ACTIVE.  An L2 table
                                    belongs to every L1 entry that names it: walk the L1 tables */
   enum finding_id why;
   enum bad_fix fix;

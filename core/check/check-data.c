@@ -10,6 +10,11 @@
  * figures by itself.  Figures are those of qemu-img check: taken from the
  * tables of the active disk, as often as its L1 table names them.
  *
+ * What cannot be decided from one table alone is put off until all are known
+ * (check-contests.c): entries that point at metadata, which may be none, and
+ * entries with reserved bits, whose cluster may be somebody else's.  For that
+ * each table's possible and impossible entries are counted.
+ *
  * Deliberately not here: COPIED flags of standard entries, which depend on the
  * sum of all this (check-copied.c).
  */
@@ -33,6 +38,7 @@ struct walk {
   const struct l2_table *t;
   uint64_t next_off;            /* where the next cluster would not be fragmented; 0 = unknown */
   uint64_t allocated, compressed, fragmented;
+  uint32_t good, bad;           /* entries that are not 0 */
   bool uncopied;                /* saw a standard entry without COPIED */
   struct err *err;
   struct finding_batch batch;
@@ -76,6 +82,12 @@ entries_in_a_row (const uint8_t *p, uint64_t nr, uint64_t raw, const struct geom
   return i;
 }
 
+static uint64_t
+guest_offset (const struct walk *w, uint64_t i)
+{
+  return (((uint64_t) w->t->l1_index << w->g->l2_bits) + i) << w->g->cluster_bits;
+}
+
 /* --- findings */
 
 /* Entries [i, i+n) of the table; raw is the first. */
@@ -103,7 +115,8 @@ bad_entries (struct walk *w, enum finding_id id, enum bad_fix fix, uint64_t i, u
   int r = entry_finding (w, id, i, n, raw, 0);
 
   return r < 0 ? r : bad_add (w->k, (struct bad_run) {
-      .table_host_off = w->t->host_off, .index = i, .count = n, .why = id, .fix = fix }, w->err);
+      .table_host_off = w->t->host_off, .index = i, .count = n,
+      .snapshot_index = FINDING_ACTIVE, .why = id, .fix = fix }, w->err);
 }
 
 /* Entries that hide which clusters they use. */
@@ -111,14 +124,50 @@ static int
 bad_entry (struct walk *w, enum finding_id id, enum bad_fix fix, uint64_t i, uint64_t n,
            uint64_t raw)
 {
+  w->bad += n;
   set_incomplete (w->k);
   return bad_entries (w, id, fix, i, n, raw);
+}
+
+/* Entries [i, i+n) name the clusters [ci, ci+nr) and wait for a decision. */
+static int
+put_off (struct walk *w, enum finding_id why, uint64_t i, uint64_t n, uint64_t ci, uint64_t nr,
+         uint64_t raw)
+{
+  struct l2_doubt d = { .table = w->t - w->k->l2.tables.ptr, .index = i, .count = n,
+                        .ci = ci, .n = nr, .raw = raw, .why = why };
+  int r = 1;
+
+  {
+    LOCK_SCOPE (&w->k->bad_lock);
+    if (w->k->l2_doubts.len < bad_limit (w->k))
+      r = l2_doubt_vec_push (&w->k->l2_doubts, d);
+  }
+  if (r < 0)
+    return err_set (w->err, ENOMEM, "out of memory");
+  /* Too many to wait: the next check has fewer. */
+  if (r > 0 && why == FINDING_L2_ENTRY_OVERLAP)
+    return bad_entries (w, why, BAD_LOST, i, n, raw);
+  if (r > 0)
+    w->k->c->bad_truncated = true;
+  return 0;
+}
+
+/* Reserved bits, and the rest seems right.  The finding is certain, the fate is not. */
+static int
+reserved_bits (struct walk *w, uint64_t i, uint64_t ci, uint64_t nr, uint64_t raw)
+{
+  int r = entry_finding (w, FINDING_L2_ENTRY_RESERVED, i, 1, raw, 0);
+
+  w->bad++;
+  set_incomplete (w->k);
+  return r < 0 ? r : put_off (w, FINDING_L2_ENTRY_RESERVED, i, 1, ci, nr, raw);
 }
 
 /* --- claims */
 
 /* Some of the clusters [ci, ci+n) that entries i... name have another owner:
- * report those where that is metadata.
+ * put off those where that is metadata.
  */
 static int
 report_overlaps (struct walk *w, uint64_t i, uint64_t ci, uint64_t n, uint64_t raw)
@@ -128,11 +177,23 @@ report_overlaps (struct walk *w, uint64_t i, uint64_t ci, uint64_t n, uint64_t r
 
   while (r == 0 && (at = ownermap_find (w->k->meta, at, ci + n, true)) < ci + n) {
     stop = ownermap_find (w->k->meta, at, ci + n, false);
-    r = bad_entries (w, FINDING_L2_ENTRY_OVERLAP, BAD_LOST, i + (at - ci), stop - at,
-                     raw + ((at - ci) << w->g->cluster_bits));
+    r = put_off (w, FINDING_L2_ENTRY_OVERLAP, i + (at - ci), stop - at, at, stop - at,
+                 raw + ((at - ci) << w->g->cluster_bits));
     at = stop;
   }
   return r;
+}
+
+/* In an external data file each guest cluster has its one place. */
+static int
+check_place (struct walk *w, uint64_t i, uint64_t n, uint64_t host_off, uint64_t raw)
+{
+  if (host_off == guest_offset (w, i)) {
+    w->good += n;
+    return 0;
+  }
+  w->bad += n;
+  return bad_entries (w, FINDING_DATA_FILE_PLACE_WRONG, BAD_PLACE, i, n, raw);
 }
 
 /* Standard entries [i, i+n) name the n clusters from host_off on. */
@@ -144,7 +205,7 @@ claim_standard (struct walk *w, uint64_t i, uint64_t n, uint64_t host_off, uint6
   int r = 0;
 
   if (w->g->data_file)
-    return 0;
+    return check_place (w, i, n, host_off, raw);
   if (host_off < w->k->end)
     room = (w->k->end - host_off) >> w->g->cluster_bits;
   if (n > room) {
@@ -154,12 +215,14 @@ claim_standard (struct walk *w, uint64_t i, uint64_t n, uint64_t host_off, uint6
   }
   if (r < 0 || n == 0)
     return r;
+  w->good += n;
   r = ownermap_claim (w->k->c->owners, ci, n, w->t->weight, &conflict, w->err);
   return r == 0 && conflict ? report_overlaps (w, i, ci, n, raw) : r;
 }
 
 static int
-claim_compressed (struct walk *w, uint64_t i, const struct l2_entry *e, uint64_t raw)
+claim_compressed (struct walk *w, uint64_t i, const struct l2_entry *e, uint64_t raw,
+                  uint64_t bitmap)
 {
   uint64_t ci, n;
   bool conflict = false;
@@ -170,8 +233,12 @@ claim_compressed (struct walk *w, uint64_t i, const struct l2_entry *e, uint64_t
   ci = e->host_off >> w->g->cluster_bits;
   n = ((e->host_off + e->host_len - 1) >> w->g->cluster_bits) - ci + 1;
   r = ownermap_claim (w->k->c->owners, ci, n, w->t->weight, &conflict, w->err);
+  if (r == 0 && bitmap)
+    r = reserved_bits (w, i, ci, n, raw);
+  else
+    w->good++;
   if (r == 0 && conflict && ownermap_find (w->k->meta, ci, ci + n, true) < ci + n)
-    r = bad_entries (w, FINDING_L2_ENTRY_OVERLAP, BAD_LOST, i, 1, raw);
+    r = put_off (w, FINDING_L2_ENTRY_OVERLAP, i, 1, ci, n, raw);
   return r;
 }
 
@@ -199,11 +266,13 @@ check_compressed (struct walk *w, uint64_t i, uint64_t raw, uint64_t bitmap,
   w->allocated++;
   if (e->copied && w->t->active_weight)
     r = entry_finding (w, FINDING_L2_COPIED_WRONG, i, 1, raw, 0);
-  if (r == 0 && (e->reserved || bitmap || w->g->data_file))
-    r = bad_entry (w, FINDING_L2_ENTRY_RESERVED, BAD_RESERVED, i, 1, raw);
-  if (r < 0 || e->reserved || w->g->data_file)
+  if (r < 0)
     return r;
-  return claim_compressed (w, i, e, raw);
+  if (w->g->data_file)          /* it can hold none: one bit too many, and the place is known */
+    return bad_entry (w, FINDING_L2_ENTRY_RESERVED, BAD_PLACE, i, 1, raw);
+  if (e->reserved)
+    return bad_entry (w, FINDING_L2_ENTRY_RESERVED, BAD_LOST, i, 1, raw);
+  return claim_compressed (w, i, e, raw, bitmap);
 }
 
 /* Is the subcluster bitmap one that can't be? */
@@ -214,6 +283,18 @@ bitmap_invalid (const struct geom *g, const struct l2_entry *e, uint64_t bitmap)
   bool has_host = e->kind == CLUSTER_NORMAL || e->kind == CLUSTER_ZERO_ALLOC;
 
   return g->extended_l2 && ((has_host && (allocated & zero)) || (!has_host && allocated));
+}
+
+/* An entry of an image with an external data file that has a place there. */
+static int
+check_data_file_entry (struct walk *w, uint64_t i, uint64_t raw, uint64_t reserved,
+                       uint64_t host_off)
+{
+  if (reserved)
+    return bad_entry (w, FINDING_L2_ENTRY_RESERVED, BAD_PLACE, i, 1, raw);
+  if (!IS_ALIGNED (host_off, w->g->cluster_size))
+    return bad_entry (w, FINDING_L2_ENTRY_UNALIGNED, BAD_PLACE, i, 1, raw);
+  return check_place (w, i, 1, host_off, raw);
 }
 
 static int
@@ -227,17 +308,30 @@ check_entry (struct walk *w, uint64_t i, uint64_t raw, uint64_t bitmap)
     return check_compressed (w, i, raw, bitmap, &e);
   if (w->g->version < 3)
     reserved |= raw & L2E_ZERO;
-  if (reserved)
-    r = bad_entry (w, FINDING_L2_ENTRY_RESERVED, BAD_RESERVED, i, 1, raw);
-  if (r == 0 && bitmap_invalid (w->g, &e, bitmap))
+  if (bitmap_invalid (w->g, &e, bitmap))
     r = bad_entries (w, FINDING_SUBCLUSTERS_INVALID, BAD_SUBCLUSTERS, i, 1, raw);
-  if (r < 0 || e.kind == CLUSTER_UNALLOCATED || e.kind == CLUSTER_ZERO_PLAIN)
+  if (r < 0)
     return r;
+  if (e.kind == CLUSTER_UNALLOCATED || e.kind == CLUSTER_ZERO_PLAIN || !l2_has_host (raw, w->g)) {
+    w->good += !reserved;
+    return reserved ? bad_entry (w, FINDING_L2_ENTRY_RESERVED, BAD_LOST, i, 1, raw) : 0;
+  }
   count_standard (w, 1, e.host_off);
   w->uncopied |= !e.copied;
-  if (!IS_ALIGNED (e.host_off, w->g->cluster_size))
-    return bad_entry (w, FINDING_L2_ENTRY_UNALIGNED, BAD_LOST, i, 1, raw);
-  return claim_standard (w, i, 1, e.host_off, raw);
+  if (w->g->data_file)
+    return check_data_file_entry (w, i, raw, reserved, e.host_off);
+  if (!IS_ALIGNED (e.host_off, w->g->cluster_size)) {
+    if (reserved)
+      r = entry_finding (w, FINDING_L2_ENTRY_RESERVED, i, 1, raw, 0);
+    return r < 0 ? r : bad_entry (w, FINDING_L2_ENTRY_UNALIGNED, BAD_LOST, i, 1, raw);
+  }
+  r = claim_standard (w, i, 1, e.host_off, raw);
+  if (r < 0 || !reserved)
+    return r;
+  w->good -= e.host_off < w->k->end;
+  return e.host_off < w->k->end
+           ? reserved_bits (w, i, e.host_off >> w->g->cluster_bits, 1, raw)
+           : entry_finding (w, FINDING_L2_ENTRY_RESERVED, i, 1, raw, 0);
 }
 
 /* A plain entry, of which there may be many in a row. */
@@ -251,9 +345,9 @@ is_plain (const struct geom *g, uint64_t raw)
 }
 
 static int
-walk_standard (struct walk *w, const uint8_t *table)
+walk_standard (struct walk *w, const uint8_t *table, uint64_t nr)
 {
-  uint64_t nr = w->g->l2_entries, i = 0, n;
+  uint64_t i = 0, n;
   int r = 0;
 
   while (i < nr && r == 0) {
@@ -268,7 +362,9 @@ walk_standard (struct walk *w, const uint8_t *table)
       w->uncopied |= !(raw & ENTRY_COPIED);
       r = claim_standard (w, i, n, raw & L2E_OFF_MASK, raw);
     }
-    else if (raw != L2E_ZERO || w->g->version < 3)
+    else if (raw == L2E_ZERO && w->g->version >= 3)
+      w->good++;
+    else
       r = check_entry (w, i, raw, 0);
     i += n;
   }
@@ -276,11 +372,11 @@ walk_standard (struct walk *w, const uint8_t *table)
 }
 
 static int
-walk_extended (struct walk *w, const uint8_t *table)
+walk_extended (struct walk *w, const uint8_t *table, uint64_t nr)
 {
   int r = 0;
 
-  for (uint64_t i = 0; i < w->g->l2_entries && r == 0; ++i) {
+  for (uint64_t i = 0; i < nr && r == 0; ++i) {
     uint64_t raw = l2_raw (table, i, w->g), bitmap = l2_bitmap (table, i, w->g);
 
     if (raw | bitmap)
@@ -292,8 +388,9 @@ walk_extended (struct walk *w, const uint8_t *table)
 /* --- tables */
 
 static int
-report_unreadable (struct checker *k, const struct l2_table *t, struct err *err)
+report_unreadable (struct checker *k, struct l2_table *t, struct err *err)
 {
+  t->fate = FINDING_L2_TABLE_UNREADABLE;
   set_incomplete (k);
   return add_finding (k, (struct finding) {
       .id = FINDING_L2_TABLE_UNREADABLE, .snapshot_index = t->snapshot_index,
@@ -301,11 +398,28 @@ report_unreadable (struct checker *k, const struct l2_table *t, struct err *err)
       .guest_len = k->g->l2_coverage, .index = t->l1_index }, err);
 }
 
+/* The walk over a table of which only the first nr entries are in the file. */
+static int
+walk_table (struct walk *w, const uint8_t *table)
+{
+  uint64_t nr = w->g->l2_entries, room = w->k->c->file_size - w->t->host_off;
+  int r = 0;
+
+  if (room < w->g->cluster_size) {
+    nr = room / w->g->l2e_size;
+    r = bad_entry (w, FINDING_L2_TABLE_CUT, BAD_LOST, nr, w->g->l2_entries - nr, 0);
+    w->bad = 0;                 /* they are missing, which says nothing against the others */
+  }
+  if (r < 0)
+    return r;
+  return w->g->extended_l2 ? walk_extended (w, table, nr) : walk_standard (w, table, nr);
+}
+
 static int
 check_l2_table (struct checker *k, void *opaque, size_t i, const uint8_t *buf, int r,
                 struct err *err)
 {
-  const struct l2_table *t = &k->l2.tables.ptr[i];
+  struct l2_table *t = &k->l2.tables.ptr[i];
   struct totals *sum = opaque;
   struct walk w;
 
@@ -315,10 +429,13 @@ check_l2_table (struct checker *k, void *opaque, size_t i, const uint8_t *buf, i
   w.g = k->g;
   w.t = t;
   w.next_off = w.allocated = w.compressed = w.fragmented = 0;
+  w.good = w.bad = 0;
   w.uncopied = false;
   w.err = err;
   finding_batch_init (&w.batch, &k->c->findings, k->g->cluster_size);
-  r = k->g->extended_l2 ? walk_extended (&w, buf) : walk_standard (&w, buf);
+  r = walk_table (&w, buf);
+  t->good = w.good;
+  t->bad = w.bad;
   if (finding_batch_flush (&w.batch) < 0 && r == 0)
     r = err_set (err, ENOMEM, "out of memory");
   atomic_fetch_add (&sum->allocated, w.allocated * t->active_weight);

@@ -120,7 +120,12 @@ report_stream (struct deep *d, const struct stream *s, struct finding_batch *bat
     .index = s->guest_ci, .found = s->raw, .count = 1,
   };
 
-  return finding_batch_add (batch, &f);
+  if (finding_batch_add (batch, &f) < 0)
+    return -ENOMEM;
+  return bad_add (d->k, (struct bad_run) {
+      .table_host_off = s->t->host_off, .index = s->guest_ci & (g->l2_entries - 1), .count = 1,
+      .snapshot_index = FINDING_ACTIVE, .why = id,
+      .fix = id == FINDING_STREAM_UNREADABLE ? BAD_UNREADABLE : BAD_LOST }, NULL);
 }
 
 /* r < 0: the span could not be read. */

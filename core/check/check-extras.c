@@ -22,12 +22,12 @@
 #define MAX_CRYPTO_BYTES (UINT64_C (64) << 20)  /* LUKS needs 2 MiB or so */
 #define MAX_TABLES_BYTES (UINT64_C (4) << 30)
 #define BITMAP_TABLE_ALL_ONES UINT64_C (1)      /* only without an offset */
+#define DIRECTORY UINT32_MAX
 #define PIECE_BYTES (UINT64_C (1) << 20)
 
 struct bitmap {
   uint64_t table_host_off;
   uint32_t table_entries;
-  bool damaged;                 /* found and reported: protected by bitmaps.lock */
 };
 DEFINE_VEC (bitmap_vec, struct bitmap);
 
@@ -47,6 +47,8 @@ directory_damaged (struct bitmaps *b, struct err *err)
   set_incomplete (b->k);
   if (b->soft)
     return 0;
+  b->k->c->bitmap_dir_damaged = true;
+  b->k->c->bitmaps.len = 0;
   return add_finding (b->k, (struct finding) {
       .id = FINDING_BITMAPS_DAMAGED, .snapshot_index = FINDING_ACTIVE,
       .host_off = b->dir_host_off, .guest_off = FINDING_NO_OFF }, err);
@@ -56,17 +58,45 @@ directory_damaged (struct bitmaps *b, struct err *err)
 static int
 bitmap_damaged (struct bitmaps *b, size_t i, uint64_t found, struct err *err)
 {
-  struct bitmap *bm = &b->list.ptr[i];
+  const struct bitmap *bm = &b->list.ptr[i];
+  struct bitmap_state *state;
 
   set_incomplete (b->k);
   LOCK_SCOPE (&b->lock);
-  if (b->soft || bm->damaged)
+  if (b->soft)
     return 0;
-  bm->damaged = true;
+  state = &b->k->c->bitmaps.ptr[i];
+  if (state->damaged)
+    return 0;
+  state->damaged = true;
   return add_finding (b->k, (struct finding) {
       .id = FINDING_BITMAP_DAMAGED, .snapshot_index = FINDING_ACTIVE,
       .host_off = bm->table_host_off, .guest_off = FINDING_NO_OFF, .index = i,
       .found = found }, err);
+}
+
+/* Bitmap i (DIRECTORY: all of them) lies on metadata in [off, off + len): who is right
+ * is known later (check-contests.c).
+ */
+static int
+bitmap_overlaps (struct bitmaps *b, uint32_t i, uint64_t off, uint64_t len, uint64_t found,
+                 struct err *err)
+{
+  uint64_t ci = off >> b->k->g->cluster_bits;
+  struct bitmap_doubt d = { .ci = ci, .bitmap = i, .found = found,
+                            .table_host_off = i == DIRECTORY ? off : b->list.ptr[i].table_host_off,
+                            .n = ((off + len - 1) >> b->k->g->cluster_bits) - ci + 1 };
+  int r = 1;
+
+  set_incomplete (b->k);
+  {
+    LOCK_SCOPE (&b->lock);
+    if (b->k->bitmap_doubts.len < MAX_CONFLICTS)
+      r = bitmap_doubt_vec_push (&b->k->bitmap_doubts, d);
+  }
+  if (r > 0)
+    return bitmap_damaged (b, i, found, err);
+  return r < 0 ? err_set (err, ENOMEM, "out of memory") : 0;
 }
 
 static int
@@ -103,7 +133,10 @@ decode_directory (struct bitmaps *b, const uint8_t *dir, uint64_t len, uint32_t 
     size = ROUND_UP (size, 8);
     if (!range_fits (off, size, len))
       return false;
-    b->list.ptr[b->list.len++] = bm;    /* there is room: read_directory made it */
+    /* There is room: read_directory made it. */
+    b->list.ptr[b->list.len++] = bm;
+    if (!b->soft)
+      b->k->c->bitmaps.ptr[b->k->c->bitmaps.len++] = (struct bitmap_state) { off, size, false };
     off += size;
   }
   return off == len;
@@ -117,16 +150,17 @@ read_directory (struct bitmaps *b, uint64_t len, uint32_t nr, struct err *err)
   bool conflict = false;
   int r;
 
-  if (dir == NULL || bitmap_vec_reserve (&b->list, nr) < 0)
+  if (dir == NULL || bitmap_vec_reserve (&b->list, nr) < 0 ||
+      bitmap_state_vec_reserve (&b->k->c->bitmaps, nr) < 0)
     return err_set (err, ENOMEM, "out of memory");
   r = bitmap_claim (b, b->dir_host_off, len, &conflict, err);
   if (r == 0)
     r = load_tables (b->k, &load, 1, err);
   if (r < 0)
     return r;
-  if (load.r < 0 || !decode_directory (b, dir, len, nr) || conflict)
+  if (load.r < 0 || !decode_directory (b, dir, len, nr))
     return directory_damaged (b, err);
-  return 0;
+  return conflict ? bitmap_overlaps (b, DIRECTORY, b->dir_host_off, len, 0, err) : 0;
 }
 
 /* --- the tables */
@@ -152,7 +186,7 @@ check_bitmap_entry (struct bitmaps *b, size_t i, uint64_t raw, struct err *err)
       (off && !table_fits (b->k, off, b->k->g->cluster_size)))
     return bitmap_damaged (b, i, raw, err);
   r = off ? bitmap_claim (b, off, b->k->g->cluster_size, &conflict, err) : 0;
-  return r == 0 && conflict ? bitmap_damaged (b, i, raw, err) : r;
+  return r == 0 && conflict ? bitmap_overlaps (b, i, off, 1, raw, err) : r;
 }
 
 static int
@@ -223,7 +257,8 @@ check_bitmap_table (struct bitmaps *b, size_t i, uint64_t *total, struct err *er
   if (r < 0)
     return r;
   /* On something else it is not a bitmap table, and would claim at random. */
-  return conflict ? bitmap_damaged (b, i, 0, err) : read_table (b, i, err);
+  return conflict ? bitmap_overlaps (b, i, bm->table_host_off, len, 0, err)
+                  : read_table (b, i, err);
 }
 
 static int
@@ -274,8 +309,11 @@ check_crypto_header (struct checker *k, const struct header_ext *ext, struct err
     off = load_be64 (data);
     len = load_be64 (data + 8);
   }
-  if (len > 0 && len <= MAX_CRYPTO_BYTES && table_fits (k, off, len))
+  if (len > 0 && len <= MAX_CRYPTO_BYTES && table_fits (k, off, len)) {
+    k->crypto_off = off;
+    k->crypto_len = len;
     return claim_meta (k, off, len, NULL, err);
+  }
   set_incomplete (k);
   return add_finding (k, (struct finding) {
       .id = FINDING_CRYPTO_HEADER_DAMAGED, .snapshot_index = FINDING_ACTIVE,

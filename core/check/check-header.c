@@ -29,6 +29,11 @@ check_features (struct checker *k, struct err *err)
   const struct header *h = &k->c->header;
   int r = 0;
 
+  if (h->header_length != h->header_length_found)
+    r = header_finding (k, FINDING_HEADER_LENGTH_WRONG, HEADER_OFF_HEADER_LENGTH,
+                        h->header_length_found, err);
+  if (r < 0)
+    return r;
   if (h->incompatible & INCOMPAT_DIRTY)
     r = header_finding (k, FINDING_DIRTY, HEADER_OFF_INCOMPATIBLE, h->incompatible, err);
   if (r == 0 && (h->incompatible & INCOMPAT_CORRUPT))
@@ -46,6 +51,7 @@ ext_is_known (uint32_t type)
 {
   switch (type) {
   case EXT_BACKING_FORMAT:
+  case EXT_BACKING_FORMAT_CROSVM:
   case EXT_FEATURE_NAMES:
   case EXT_BITMAPS:
   case EXT_CRYPTO_HEADER:
@@ -60,6 +66,7 @@ static int
 check_header_extensions (struct checker *k, const uint8_t *cluster, struct err *err)
 {
   struct header *h = &k->c->header;
+  const struct header_ext *misspelt;
   int r = header_decode_extensions (cluster, h, err);
 
   if (r < 0)
@@ -67,8 +74,12 @@ check_header_extensions (struct checker *k, const uint8_t *cluster, struct err *
   for (size_t i = 0; i < h->exts.len; ++i)
     if (!ext_is_known (h->exts.ptr[i].type))
       set_incomplete (k);
-  if (!h->exts_damaged)
-    return 0;
+  misspelt = header_find_ext (h, EXT_BACKING_FORMAT_CROSVM);
+  if (misspelt)
+    r = header_finding (k, FINDING_BACKING_FORMAT_MISSPELT, misspelt->host_off - 8, misspelt->type,
+                        err);
+  if (r < 0 || !h->exts_damaged)
+    return r;
   set_incomplete (k);
   return header_finding (k, FINDING_EXTENSIONS_DAMAGED, h->exts_end, 0, err);
 }

@@ -16,9 +16,15 @@ struct l2_table {
   int32_t snapshot_index;       /* of the first that does: FINDING_ACTIVE or a snapshot */
   uint32_t l1_index;            /* and its entry there */
   int32_t last_l1;              /* the last L1 table that named it, to see T05 */
+  bool shared;                  /* the L1 table that is being looked at names it twice */
+  /* What check-data.c found in it: entries that are possible, and that are not. */
+  uint32_t good, bad;
+  /* Why its L1 entries go: L2_TABLE_NONSENSE, L2_TABLE_UNREADABLE, or 0. */
+  enum finding_id fate;
 };
 DEFINE_VEC (l2_table_vec, struct l2_table);
 DEFINE_VEC (u64_vec, uint64_t);
+DEFINE_VEC (u32_vec, uint32_t);
 
 /* Open addressing: number of a table in the vector + 1, or 0. */
 struct l2_set {
@@ -26,6 +32,50 @@ struct l2_set {
   uint32_t *slots;
   size_t nr_slots;
 };
+
+/* An L1 entry with reserved bits whose table may be good all the same. */
+struct l1_doubt {
+  uint64_t l1_host_off, l2_host_off;
+  uint32_t index;
+  int32_t snapshot_index;
+};
+DEFINE_VEC (l1_doubt_vec, struct l1_doubt);
+
+/* An L2 entry (or a run of them) that waits for a decision, as all tables must be known. */
+struct l2_doubt {
+  uint32_t table;               /* number in k->l2 */
+  uint32_t index, count;        /* entries */
+  uint64_t ci;                  /* host clusters [ci, ci + n) */
+  uint64_t n;
+  uint64_t raw;                 /* the first entry */
+  enum finding_id why;          /* L2_ENTRY_OVERLAP or L2_ENTRY_RESERVED */
+};
+DEFINE_VEC (l2_doubt_vec, struct l2_doubt);
+
+/* A claim that lost against what was there before; the winner is looked up later. */
+struct overlap {
+  uint64_t ci, n;               /* host clusters */
+  struct owner loser;
+};
+DEFINE_VEC (overlap_vec, struct overlap);
+
+/* A bitmap that lies on metadata: if that is an L2 table, its contents decide. */
+struct bitmap_doubt {
+  uint64_t ci, n;               /* host clusters */
+  uint32_t bitmap;              /* in c->bitmaps, or UINT32_MAX: the directory */
+  uint64_t table_host_off, found;       /* as in the finding, if the bitmap loses */
+};
+DEFINE_VEC (bitmap_doubt_vec, struct bitmap_doubt);
+
+/* Part of the refcount structure on something that the mapping claims. */
+struct rt_doubt {
+  uint64_t ci;
+  uint64_t index;               /* refcount table entry, or RT_DOUBT_TABLE: the table itself */
+  bool sound;                   /* it holds refcounts (or entries) that make sense */
+};
+DEFINE_VEC (rt_doubt_vec, struct rt_doubt);
+#define RT_DOUBT_TABLE UINT64_MAX
+#define MAX_RT_DOUBTS  64       /* more lose without a look at their contents */
 
 struct checker {
   struct bdev *d;
@@ -39,8 +89,16 @@ struct checker {
   uint64_t *l1;                 /* active L1 table, host byte order */
   uint64_t nr_l1;
   struct l2_set l2;
+  struct u32_vec followed;      /* snapshots whose L1 tables were read */
   bool deep, keep_leaks;        /* as in the options */
-  pthread_mutex_t bad_lock;     /* protects c->bad, c->conflicts and c->nr_conflicts */
+  pthread_mutex_t bad_lock;     /* protects c->bad, the conflicts and the doubts */
+  struct l1_doubt_vec l1_doubts;
+  struct l2_doubt_vec l2_doubts;
+  struct overlap_vec overlaps;
+  struct bitmap_doubt_vec bitmap_doubts;
+  struct rt_doubt_vec rt_doubts;        /* sorted by ci */
+  uint64_t snaptab_len;         /* bytes of the snapshot table that were claimed */
+  uint64_t crypto_off, crypto_len;      /* the encryption header, if it is where it can be */
   atomic_bool incomplete;       /* becomes c->incomplete */
   atomic_bool look_at_copied;   /* some L2 entry of the active disk lacks COPIED */
 };
@@ -63,6 +121,14 @@ int add_finding (struct checker *k, struct finding f, struct err *err);
 
 /* Entries [b.index, b.index + b.count) of a table are bad; thread-safe.  0 or -ENOMEM. */
 int bad_add (struct checker *k, struct bad_run b, struct err *err);
+
+/* Note who lies on whom; thread-safe.  0 or -ENOMEM. */
+int conflict_add (struct checker *k, uint64_t host_off, uint64_t host_len, struct owner winner,
+                  struct owner loser, struct err *err);
+int overlap_add (struct checker *k, struct overlap o, struct err *err);
+
+/* How many bad runs or doubts are kept at most. */
+size_t bad_limit (const struct checker *k);
 
 /* A table of bytes at off: cluster aligned, not in the header, inside the file. */
 bool table_fits (const struct checker *k, uint64_t off, uint64_t bytes);
@@ -99,25 +165,70 @@ int read_clusters (struct checker *k, const uint64_t *host_offs, size_t nr, cons
 /* --- the phases, in order */
 
 int check_header (struct checker *k, struct err *err);          /* check-header.c */
-int check_active_l1 (struct checker *k, struct err *err);       /* check-tables.c */
+int check_active_l1 (struct checker *k, struct err *err);       /* check-l1.c */
 int check_snapshots (struct checker *k, struct err *err);       /* check-snapshots.c */
+int check_l1_tail (struct checker *k, struct err *err);         /* check-l1.c */
 int check_l2_close (struct checker *k, struct err *err);        /* check-tables.c */
 int check_extras (struct checker *k, struct err *err);          /* check-extras.c */
 int check_data (struct checker *k, struct err *err);            /* check-data.c */
 int check_deep (struct checker *k, struct err *err);            /* check-deep.c */
 int check_refcounts (struct checker *k, struct err *err);       /* check-refcounts.c */
+int check_contests (struct checker *k, struct err *err);        /* check-contests.c */
 int check_orphans (struct checker *k, struct err *err);         /* check-orphans.c */
 int check_copied_flags (struct checker *k, struct err *err);    /* check-copied.c */
 
 /* --- check-tables.c */
 
-/* Judge the entries of one L1 table (snapshot_index as in a finding) and claim
- * the L2 tables that they name.
+/* Judge entries [first, nr) of the L1 table l1 (snapshot_index as in a finding) and
+ * claim the L2 tables that they name.
  */
-int claim_l2_tables (struct checker *k, const uint64_t *l1, uint64_t nr, int32_t snapshot_index,
-                     uint64_t l1_host_off, struct err *err);
+int claim_l2_tables (struct checker *k, const uint64_t *l1, uint64_t first, uint64_t nr,
+                     int32_t snapshot_index, uint64_t l1_host_off, struct err *err);
+
+/* The table at host_off, once check_l2_close has sorted them; or NULL. */
+struct l2_table *l2_table_at (const struct checker *k, uint64_t host_off);
+
+/* --- check-snapshots.c */
+
+/* Call fn with every L1 table that was followed: the active one, then those of the
+ * snapshots, which are read again.
+ */
+typedef int (*l1_fn) (struct checker *k, void *opaque, const uint64_t *l1, uint64_t nr,
+                      int32_t snapshot_index, uint64_t l1_host_off, struct err *err);
+int for_each_l1 (struct checker *k, l1_fn fn, void *opaque, struct err *err);
 
 bool l2_set_has (const struct l2_set *set, uint64_t host_off);
+
+/* --- check-contests.c */
+
+/* What claimed host cluster ci as metadata, not counting L2 tables that are dropped,
+ * nor what is like "but" (kind and snapshot; NULL: nothing).  false: nothing did.
+ */
+bool owner_at (const struct checker *k, uint64_t ci, const struct owner *but, struct owner *o);
+
+/* Is that L2 table's contents nonsense: more entries impossible than possible? */
+static inline bool
+l2_is_nonsense (const struct l2_table *t)
+{
+  return t->bad > t->good;
+}
+
+/* Entries [i, i+n) of L2 table t, of which raw is the first: finding, and lost. */
+int lose_entries (struct checker *k, struct finding_batch *b, const struct l2_table *t,
+                  enum finding_id id, uint64_t i, uint64_t n, uint64_t raw, struct err *err);
+struct owner data_owner (const struct checker *k, const struct l2_table *t, uint64_t i, uint64_t n);
+struct owner l2_owner (const struct l2_table *t);
+
+/* --- check-evidence.c */
+
+/* Part of the refcount structure lies where the mapping has something.  0 or -ENOMEM. */
+int rt_doubt_add (struct checker *k, uint64_t ci, uint64_t index, struct err *err);
+
+/* Look at the contents: fills in "sound" and sorts. */
+int weigh_rt_doubts (struct checker *k, struct err *err);
+
+/* Once L2 tables that are none are dropped: who loses. */
+int settle_rt_doubts (struct checker *k, struct err *err);
 
 /* --- check-refcounts.c, check-compare.c */
 

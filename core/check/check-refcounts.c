@@ -3,6 +3,8 @@
  * Everything else has been claimed by now.  The refcount structures can be made
  * anew from that, so they are never believed against it: where one of them lies
  * on something else, the something else stays and the structure is displaced.
+ * (Whether it is the something else that is wrong there is for level "all" to
+ * act upon: see check-evidence.c.)
  *
  * The table as a whole is given up if it isn't where it could be, lies on
  * something, does not reach the used clusters, or has lost more than half of
@@ -63,6 +65,7 @@ check_place (struct checker *k, bool *ok, struct err *err)
   struct rt_state *rt = &k->c->rt;
   uint64_t bytes = (uint64_t) rt->clusters << k->g->cluster_bits;
   uint64_t ci = rt->host_off >> k->g->cluster_bits;
+  int r = 0;
 
   *ok = false;
   if (rt->host_off == 0 || rt->clusters == 0)
@@ -71,10 +74,17 @@ check_place (struct checker *k, bool *ok, struct err *err)
     return rt_finding (k, FINDING_RT_TOO_LARGE, rt->clusters, 0, err);
   if (!table_fits (k, rt->host_off, bytes))
     return rt_finding (k, FINDING_RT_OUTSIDE, rt->host_off, 0, err);
-  if (ownermap_find (k->c->owners, ci, ci + rt->clusters, true) < ci + rt->clusters)
-    return rt_finding (k, FINDING_RT_OVERLAP, rt->host_off, 0, err);
-  *ok = true;
-  return 0;
+  if (ownermap_find (k->c->owners, ci, ci + rt->clusters, true) == ci + rt->clusters) {
+    *ok = true;
+    return 0;
+  }
+  for (uint64_t at = ci, end = ci + rt->clusters; r == 0; ++at) {
+    at = ownermap_find (k->c->owners, at, end, true);
+    if (at == end)
+      break;
+    r = rt_doubt_add (k, at, RT_DOUBT_TABLE, err);
+  }
+  return r < 0 ? r : rt_finding (k, FINDING_RT_OVERLAP, rt->host_off, 0, err);
 }
 
 static int
@@ -107,13 +117,13 @@ read_table (struct checker *k, bool *ok, struct err *err)
 
 /* --- its entries */
 
-/* seen holds the blocks of the entries before this one. */
+/* Entry i; seen holds the blocks of the entries before it. */
 static int
-judge_entry (struct checker *k, struct ownermap *seen, uint64_t raw, enum verdict *v,
+judge_entry (struct checker *k, struct ownermap *seen, uint64_t i, enum verdict *v,
              struct err *err)
 {
   const struct rt_state *rt = &k->c->rt;
-  uint64_t off = raw & RTE_OFF_MASK, ci = off >> k->g->cluster_bits;
+  uint64_t raw = rt->entries[i], off = raw & RTE_OFF_MASK, ci = off >> k->g->cluster_bits;
   bool conflict = false;
   int r;
 
@@ -124,8 +134,9 @@ judge_entry (struct checker *k, struct ownermap *seen, uint64_t raw, enum verdic
   if ((raw & RTE_RESERVED_MASK) || !table_fits (k, off, k->g->cluster_size))
     return 0;
   *v = ENTRY_OVERLAP;
-  if (ownermap_get (k->c->owners, ci) > 0 ||
-      (ci >= rt->host_off >> k->g->cluster_bits && ci < rt_end_ci (rt, k->g)))
+  if (ownermap_get (k->c->owners, ci) > 0)
+    return rt_doubt_add (k, ci, i, err);
+  if (ci >= rt->host_off >> k->g->cluster_bits && ci < rt_end_ci (rt, k->g))
     return 0;
   r = ownermap_claim (seen, ci, 1, 1, &conflict, err);
   if (r == 0 && !conflict)
@@ -154,7 +165,7 @@ judge_entries (struct checker *k, uint8_t *verdicts, uint64_t *end_ci, struct er
   for (uint64_t i = 0; i < rt->nr_entries && r == 0; ++i) {
     enum verdict v;
 
-    r = judge_entry (k, seen, rt->entries[i], &v, err);
+    r = judge_entry (k, seen, i, &v, err);
     verdicts[i] = v;
   }
   *end_ci = ownermap_end (seen);

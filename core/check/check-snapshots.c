@@ -12,6 +12,11 @@
  * LIMIT: in a sparse file of terabytes 65,536 snapshots can each have an L1 table
  * of 32 MiB; all of these holes are read, which takes long and can be cancelled.
  *
+ * An entry of the snapshot table that cannot be right costs itself only: behind
+ * it the table is searched for the next bytes that are an entry without any doubt
+ * (entry_certain), and from then on nothing less is accepted, as the count no longer
+ * tells where the table ends.  The same goes for a table whose count is absurd.
+ *
  * Deliberately not here: whether a snapshot's size or VM state makes sense.
  */
 #include <errno.h>
@@ -22,18 +27,21 @@
 #include "base/num.h"
 #include "check/check-int.h"
 
+#define MAX_ENTRY_BYTES (UINT64_C (140) << 10)  /* the lengths in an entry allow no more */
 #define FIRST_READ  (UINT64_C (64) << 10)       /* of the snapshot table, bytes */
+#define NO_SNAPSHOT FINDING_NO_OFF
+#define BATCH_TABLES 64
 #define BATCH_BYTES (UINT64_C (8) << 20)        /* of L1 tables that are held at once */
 
+/* snapshot: its position in c->snapshots, or NO_SNAPSHOT: then index says where in the table. */
 static int
-snapshot_finding (struct checker *k, enum finding_id id, uint64_t index, uint64_t host_off,
-                  uint64_t found, struct err *err)
+snapshot_finding (struct checker *k, enum finding_id id, uint64_t snapshot, uint64_t index,
+                  uint64_t host_off, uint64_t found, struct err *err)
 {
   set_incomplete (k);
   return add_finding (k, (struct finding) {
-      .id = id, .snapshot_index = index == FINDING_NO_OFF ? FINDING_ACTIVE : (int32_t) index,
-      .host_off = host_off, .guest_off = FINDING_NO_OFF,
-      .index = index == FINDING_NO_OFF ? 0 : index, .found = found }, err);
+      .id = id, .snapshot_index = snapshot == NO_SNAPSHOT ? FINDING_ACTIVE : (int32_t) snapshot,
+      .host_off = host_off, .guest_off = FINDING_NO_OFF, .index = index, .found = found }, err);
 }
 
 /* --- the table */
@@ -105,29 +113,137 @@ check_extra_data (struct checker *k, uint32_t i, uint64_t host_off, const struct
       .expected = SNAPSHOT_V3_EXTRA_LENGTH }, err);
 }
 
+/* --- what an entry must look like */
+
+static bool
+printable (const uint8_t *p, uint64_t n, uint8_t last)
+{
+  for (uint64_t i = 0; i < n; ++i)
+    if (p[i] < 0x20 || p[i] == 0x7f || p[i] > last)
+      return false;
+  return true;
+}
+
+/* The shape that every writer gives it, wherever its L1 table is said to be. */
+static bool
+entry_plausible (const struct snaptab *t, uint64_t off)
+{
+  const uint8_t *p = t->buf + off;
+  uint64_t id_len, name_len, extra_len;
+
+  if (!range_fits (off, SNAPSHOT_FIXED_LENGTH, t->len))
+    return false;
+  id_len = load_be16 (p + 12);
+  name_len = load_be16 (p + 14);
+  extra_len = load_be32 (p + 36);
+  return extra_len <= MAX_SNAPSHOT_EXTRA_BYTES && extra_len % 8 == 0 &&
+         load_be32 (p + 20) < 1000000000 &&
+         range_fits (off + SNAPSHOT_FIXED_LENGTH + extra_len, id_len + name_len, t->len) &&
+         printable (p + SNAPSHOT_FIXED_LENGTH + extra_len, id_len, 0x7e) &&
+         printable (p + SNAPSHOT_FIXED_LENGTH + extra_len + id_len, name_len, 0xff);
+}
+
+/* No doubt about it. */
+static bool
+entry_certain (const struct checker *k, const struct snaptab *t, uint64_t off)
+{
+  const uint8_t *p = t->buf + off;
+  uint64_t l1_bytes, id_len;
+
+  if (!range_fits (off, SNAPSHOT_FIXED_LENGTH, t->len))
+    return false;
+  l1_bytes = load_be32 (p + 8) * UINT64_C (8);
+  id_len = load_be16 (p + 12);
+  return l1_bytes > 0 && l1_bytes <= MAX_L1_BYTES && id_len > 0 && id_len < 128 &&
+         table_fits (k, load_be64 (p), l1_bytes) && entry_plausible (t, off);
+}
+
+/* Move t->off to the next certain entry behind it.  1 = there is one, 0 = none, or -errno. */
+static int
+resynchronise (struct checker *k, struct snaptab *t, struct err *err)
+{
+  struct err why = { 0 };
+  uint64_t off = t->off;
+  int r;
+
+  for (;;) {
+    for (off += 8; range_fits (off, SNAPSHOT_FIXED_LENGTH, t->len); off += 8)
+      if (entry_certain (k, t, off)) {
+        t->off = off;
+        return 1;
+      }
+    /* LIMIT: an entry across the end of what is read is found only if all of it is. */
+    r = check_cancelled (k, err);
+    if (r < 0)
+      return r;
+    off = MAX (t->off, (t->len > MAX_ENTRY_BYTES ? t->len - MAX_ENTRY_BYTES : 0) & ~UINT64_C (7));
+    r = read_more (k, t, t->len + 1, &why);
+    if (r == -ENOMEM)
+      return err_set (err, ENOMEM, "out of memory");
+    if (r <= 0)
+      return 0;
+  }
+}
+
+/* Entry i decoded: can it be one, or did its lengths lead astray? */
+static bool
+accept_entry (struct checker *k, struct snaptab *t, uint32_t i, const struct snapshot *s,
+              bool certain_only)
+{
+  uint64_t end = s->entry_off + s->entry_len;
+
+  if (certain_only)
+    return entry_certain (k, t, s->entry_off);
+  if (entry_plausible (t, s->entry_off) || i + 1 == k->c->header.nr_snapshots)
+    return true;
+  if (end + SNAPSHOT_FIXED_LENGTH + 1024 > t->len && read_more (k, t, end + MAX_ENTRY_BYTES, NULL) < 0)
+    return true;
+  return entry_certain (k, t, end);
+}
+
+/* Take the entry at t->off.  1 = done, 0 = there is none that can be right, or -errno. */
+static int
+take_entry (struct checker *k, struct snaptab *t, uint32_t i, bool certain_only, struct err *err)
+{
+  struct snapshot s;
+  int r = next_snapshot (k, t, &s, err);
+
+  if (r <= 0)
+    return r;
+  if (!accept_entry (k, t, i, &s, certain_only)) {
+    free (s.id);
+    free (s.name);
+    return 0;
+  }
+  if (snapshot_vec_push (&k->c->snapshots, s) < 0) {
+    free (s.id);
+    free (s.name);
+    return err_set (err, ENOMEM, "out of memory");
+  }
+  r = check_extra_data (k, k->c->snapshots.len - 1, k->c->header.snapshots_host_off + t->off, &s,
+                        err);
+  t->off += s.entry_len;
+  return r < 0 ? r : 1;
+}
+
 static int
 read_snapshots (struct checker *k, struct snaptab *t, struct err *err)
 {
   const struct header *h = &k->c->header;
+  bool absurd = h->nr_snapshots > MAX_SNAPSHOTS, certain_only = absurd;
 
-  for (uint32_t i = 0; i < h->nr_snapshots; ++i) {
-    struct snapshot s;
-    int r = next_snapshot (k, t, &s, err);
+  for (uint32_t i = 0; i < MIN (h->nr_snapshots, MAX_SNAPSHOTS); ++i) {
+    int r = take_entry (k, t, i, certain_only, err);
 
-    if (r < 0)
-      return r;
-    if (r == 0)
-      return snapshot_finding (k, FINDING_SNAPSHOT_ENTRY_BAD, i, h->snapshots_host_off + t->off,
-                               0, err);
-    if (snapshot_vec_push (&k->c->snapshots, s) < 0) {
-      free (s.id);
-      free (s.name);
-      return err_set (err, ENOMEM, "out of memory");
+    if (r == 0 && !absurd) {
+      r = snapshot_finding (k, FINDING_SNAPSHOT_ENTRY_BAD, NO_SNAPSHOT, i,
+                            h->snapshots_host_off + t->off, 0, err);
+      if (r == 0)
+        r = resynchronise (k, t, err);
+      certain_only = true;
     }
-    r = check_extra_data (k, i, h->snapshots_host_off + t->off, &s, err);
-    if (r < 0)
+    if (r <= 0)
       return r;
-    t->off += s.entry_len;
   }
   return 0;
 }
@@ -143,23 +259,30 @@ check_snapshot_table (struct checker *k, struct err *err)
   int r;
 
   if (!table_fits (k, h->snapshots_host_off, 1))
-    return snapshot_finding (k, FINDING_SNAPSHOT_TABLE_OUTSIDE, FINDING_NO_OFF,
+    return snapshot_finding (k, FINDING_SNAPSHOT_TABLE_OUTSIDE, NO_SNAPSHOT, 0,
                              h->snapshots_host_off, h->snapshots_host_off, err);
   t.limit = MIN (MAX_SNAPSHOT_TABLE_BYTES, k->end - h->snapshots_host_off);
   r = read_more (k, &t, 1, &why);
   if (r == -ENOMEM)
     r = err_set (err, ENOMEM, "%s", why.msg);
   else if (r < 0)
-    r = snapshot_finding (k, FINDING_SNAPSHOT_TABLE_OUTSIDE, FINDING_NO_OFF,
+    r = snapshot_finding (k, FINDING_SNAPSHOT_TABLE_OUTSIDE, NO_SNAPSHOT, 0,
                           h->snapshots_host_off, h->snapshots_host_off, err);
   else
     r = read_snapshots (k, &t, err);
   free (t.buf);
   len = MIN (MAX (t.off, 1), t.limit);
-  if (r == 0)
-    r = claim_meta (k, h->snapshots_host_off, len, &conflict, err);
+  /* Where not one entry of an absurd number is certain, something else may lie there. */
+  if (r < 0 || (k->c->snapshots.len == 0 && h->nr_snapshots > MAX_SNAPSHOTS))
+    return r;
+  r = claim_meta (k, h->snapshots_host_off, len, &conflict, err);
+  k->snaptab_len = len;
   if (r == 0 && conflict)
-    r = snapshot_finding (k, FINDING_SNAPSHOT_OVERLAP, FINDING_NO_OFF, h->snapshots_host_off, 0,
+    r = overlap_add (k, (struct overlap) {
+        .ci = h->snapshots_host_off >> k->g->cluster_bits, .n = DIV_ROUND_UP (len, k->g->cluster_size),
+        .loser = { .kind = OWNER_SNAPSHOT_TABLE, .snapshot_index = FINDING_ACTIVE } }, err);
+  if (r == 0 && conflict)
+    r = snapshot_finding (k, FINDING_SNAPSHOT_OVERLAP, NO_SNAPSHOT, 0, h->snapshots_host_off, 0,
                           err);
   return r;
 }
@@ -183,6 +306,15 @@ lies_on_others (struct checker *k, const struct snapshot *s)
   return false;
 }
 
+static int
+l1_unusable (struct checker *k, size_t i, enum finding_id id, uint64_t found, struct err *err)
+{
+  struct snapshot *s = &k->c->snapshots.ptr[i];
+
+  s->unusable = true;
+  return snapshot_finding (k, id, i, i, s->l1_host_off, found, err);
+}
+
 /* Claim the L1 table of snapshot i.  *follow: its entries are to be read.
  * *total: bytes of all L1 tables so far.
  */
@@ -190,7 +322,7 @@ static int
 claim_snapshot_l1 (struct checker *k, size_t i, uint64_t *total, bool *follow, struct err *err)
 {
   const struct snapshot *s = &k->c->snapshots.ptr[i];
-  uint64_t bytes = (uint64_t) s->l1_entries * 8;
+  uint64_t bytes = (uint64_t) s->l1_entries * 8, ci = s->l1_host_off >> k->g->cluster_bits;
   bool conflict = false;
   int r;
 
@@ -198,22 +330,41 @@ claim_snapshot_l1 (struct checker *k, size_t i, uint64_t *total, bool *follow, s
   if (bytes == 0)
     return 0;
   if (bytes > MAX_L1_BYTES || !table_fits (k, s->l1_host_off, bytes))
-    return snapshot_finding (k, FINDING_SNAPSHOT_L1_OUTSIDE, i, s->l1_host_off, s->l1_host_off,
-                             err);
+    return l1_unusable (k, i, FINDING_SNAPSHOT_L1_OUTSIDE, s->l1_host_off, err);
   *total += bytes;
   if (*total > k->end)
-    return snapshot_finding (k, FINDING_SNAPSHOT_OVERLAP, i, s->l1_host_off, 0, err);
+    return l1_unusable (k, i, FINDING_SNAPSHOT_OVERLAP, 0, err);
   r = claim_meta (k, s->l1_host_off, bytes, &conflict, err);
   if (r < 0)
     return r;
   *follow = !conflict || !lies_on_others (k, s);
-  return conflict ? snapshot_finding (k, FINDING_SNAPSHOT_OVERLAP, i, s->l1_host_off, 0, err) : 0;
+  if (!conflict)
+    return 0;
+  r = l1_unusable (k, i, FINDING_SNAPSHOT_OVERLAP, 0, err);
+  return r < 0 ? r : overlap_add (k, (struct overlap) {
+      .ci = ci, .n = DIV_ROUND_UP (bytes, k->g->cluster_size),
+      .loser = { .kind = OWNER_L1_TABLE, .snapshot_index = i } }, err);
 }
 
-/* One batch: read the L1 tables, then claim what they name in order. */
 static int
-follow_batch (struct checker *k, const uint32_t *snapshots, struct table_load *loads, size_t nr,
-              struct err *err)
+l1_unreadable (struct checker *k, uint32_t snapshot, const struct table_load *load,
+               struct err *err)
+{
+  return snapshot_finding (k, FINDING_SNAPSHOT_L1_OUTSIDE, snapshot, snapshot, load->host_off,
+                           load->host_off, err);
+}
+
+/* What is to be done with each L1 table. */
+struct following {
+  l1_fn fn;
+  void *opaque;
+  bool again;                   /* what can't be read was said before */
+};
+
+/* One batch: read the L1 tables, then call fn for each in order. */
+static int
+follow_batch (struct checker *k, const struct following *f, const uint32_t *snapshots,
+              struct table_load *loads, size_t nr, struct err *err)
 {
   int r = load_tables (k, loads, nr, err);
 
@@ -221,42 +372,51 @@ follow_batch (struct checker *k, const uint32_t *snapshots, struct table_load *l
     uint64_t *l1 = (uint64_t *) loads[i].buf, n = loads[i].len / 8;
 
     if (loads[i].r < 0) {
-      r = snapshot_finding (k, FINDING_SNAPSHOT_L1_OUTSIDE, snapshots[i], loads[i].host_off,
-                            loads[i].host_off, err);
+      r = f->again ? 0 : l1_unreadable (k, snapshots[i], &loads[i], err);
       continue;
     }
     for (uint64_t j = 0; j < n; ++j)
       l1[j] = load_be64 (&l1[j]);
-    r = claim_l2_tables (k, l1, n, snapshots[i], loads[i].host_off, err);
+    r = f->fn (k, f->opaque, l1, n, snapshots[i], loads[i].host_off, err);
   }
   return r;
 }
 
-DEFINE_VEC (u32_vec, uint32_t);
+/* Take tables from the list until the batch is full; their number and bytes. */
+static size_t
+fill_batch (struct checker *k, const uint32_t *list, size_t nr, uint32_t *snapshots,
+            struct table_load *loads, uint64_t *bytes)
+{
+  size_t n;
+
+  *bytes = 0;
+  for (n = 0; n < BATCH_TABLES && n < nr; ++n) {
+    const struct snapshot *s = &k->c->snapshots.ptr[list[n]];
+    uint64_t len = (uint64_t) s->l1_entries * 8;
+
+    if (n > 0 && *bytes + len > BATCH_BYTES)
+      break;
+    loads[n] = (struct table_load) { .host_off = s->l1_host_off, .len = len };
+    snapshots[n] = list[n];
+    *bytes += len;
+  }
+  return n;
+}
 
 static int
-follow_snapshots (struct checker *k, const uint32_t *follow, size_t nr, struct err *err)
+follow_snapshots (struct checker *k, const struct following *f, struct err *err)
 {
-  struct table_load loads[64];
-  uint32_t snapshots[64];
+  struct table_load loads[BATCH_TABLES];
+  uint32_t snapshots[BATCH_TABLES];
   CLEANUP_FREE uint8_t *buf = NULL;
-  size_t cap = 0, n;
+  size_t cap = 0, n, nr = k->followed.len;
   int r = 0;
 
   for (size_t i = 0; i < nr && r == 0; i += n) {
-    uint64_t bytes = 0;
+    uint64_t bytes;
 
     progress_update (k->progress, "tables", i, nr);
-    for (n = 0; n < 64 && i + n < nr; ++n) {
-      const struct snapshot *s = &k->c->snapshots.ptr[follow[i + n]];
-      uint64_t len = (uint64_t) s->l1_entries * 8;
-
-      if (n > 0 && bytes + len > BATCH_BYTES)
-        break;
-      loads[n] = (struct table_load) { .host_off = s->l1_host_off, .len = len };
-      snapshots[n] = follow[i + n];
-      bytes += len;
-    }
+    n = fill_batch (k, k->followed.ptr + i, nr - i, snapshots, loads, &bytes);
     if (bytes > cap) {
       free (buf);
       cap = bytes;
@@ -271,43 +431,62 @@ follow_snapshots (struct checker *k, const uint32_t *follow, size_t nr, struct e
     }
     r = check_cancelled (k, err);
     if (r == 0)
-      r = follow_batch (k, snapshots, loads, n, err);
+      r = follow_batch (k, f, snapshots, loads, n, err);
   }
   return r;
+}
+
+static int
+claim_tables_of (struct checker *k, void *opaque, const uint64_t *l1, uint64_t nr,
+                 int32_t snapshot_index, uint64_t l1_host_off, struct err *err)
+{
+  return claim_l2_tables (k, l1, 0, nr, snapshot_index, l1_host_off, err);
+}
+
+int
+for_each_l1 (struct checker *k, l1_fn fn, void *opaque, struct err *err)
+{
+  struct following again = { fn, opaque, true };
+  int r = fn (k, opaque, k->l1, k->nr_l1, FINDING_ACTIVE, k->c->header.l1_host_off, err);
+
+  return r < 0 ? r : follow_snapshots (k, &again, err);
 }
 
 /* Claim all before any is followed, so that none of them is taken for free. */
 static int
 check_snapshot_l1s (struct checker *k, struct err *err)
 {
-  struct u32_vec follow = VEC_INIT;
+  static const struct following claim = { claim_tables_of, NULL, false };
   uint64_t total = 0;
+  size_t i;
   int r = 0;
 
-  for (size_t i = 0; i < k->c->snapshots.len && total <= k->end && r == 0; ++i) {
+  for (i = 0; i < k->c->snapshots.len && total <= k->end && r == 0; ++i) {
     bool yes;
 
     r = claim_snapshot_l1 (k, i, &total, &yes, err);
-    if (r == 0 && yes && u32_vec_push (&follow, i) < 0)
+    if (r == 0 && yes && u32_vec_push (&k->followed, i) < 0)
       r = err_set (err, ENOMEM, "out of memory");
   }
-  if (r == 0)
-    r = follow_snapshots (k, follow.ptr, follow.len, err);
-  vec_reset (&follow);
-  return r;
+  for (; i < k->c->snapshots.len; ++i)
+    k->c->snapshots.ptr[i].unusable = true;
+  return r < 0 ? r : follow_snapshots (k, &claim, err);
 }
 
 int
 check_snapshots (struct checker *k, struct err *err)
 {
   const struct header *h = &k->c->header;
-  int r;
+  int r = 0;
 
   if (h->nr_snapshots == 0)
     return 0;
-  if (h->nr_snapshots > MAX_SNAPSHOTS)
-    return snapshot_finding (k, FINDING_TOO_MANY_SNAPSHOTS, FINDING_NO_OFF, HEADER_OFF_NB_SNAPSHOTS,
-                             h->nr_snapshots, err);
+  if (h->nr_snapshots > MAX_SNAPSHOTS) {
+    r = snapshot_finding (k, FINDING_TOO_MANY_SNAPSHOTS, NO_SNAPSHOT, 0, HEADER_OFF_NB_SNAPSHOTS,
+                          h->nr_snapshots, err);
+    if (r < 0 || !table_fits (k, h->snapshots_host_off, 1))
+      return r;
+  }
   r = check_snapshot_table (k, err);
   if (r == 0 && k->c->snapshots.len)
     r = check_snapshot_l1s (k, err);

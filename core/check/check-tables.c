@@ -1,4 +1,4 @@
-/* L1 tables and the L2 tables that they name: claims and judgement.
+/* Entries of L1 tables and the L2 tables that they name: claims and judgement.
  *
  * Every L2 table is kept once, with the number of L1 entries that name it, so
  * that a thousand snapshots sharing their tables (or one hostile L1 table that
@@ -9,8 +9,15 @@
  * is safer to keep a cluster than to hand it out.  One that points at other
  * metadata is claimed too, but what lies there is not read as an L2 table.
  *
- * Deliberately not here: the contents of L2 tables (check-data.c), the COPIED
- * flags (check-copied.c).
+ * Where several entries of one L1 table name the same L2 table, one keeps it
+ * (T05): the one that is in order with the nearest entries around it (the one
+ * before it smaller, the one after it larger, as tables are allocated), else the
+ * one that has the COPIED flag, else the first.
+ *
+ * Deliberately not here: how long the active L1 table is (check-l1.c), the
+ * contents of L2 tables (check-data.c), which decide on entries with reserved
+ * bits and on tables that are none (check-contests.c), the COPIED flags
+ * (check-copied.c).
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -95,16 +102,25 @@ l2_insert (struct checker *k, const struct l2_table *t, struct err *err)
 
 /* --- entries of an L1 table */
 
+/* An entry that names a table which another entry of the same L1 table names. */
+struct twin {
+  uint64_t host_off;
+  uint32_t index;
+};
+DEFINE_VEC (twin_vec, struct twin);
+
 struct l1_walk {
   struct checker *k;
+  const uint64_t *l1;
+  uint64_t first, nr;           /* entries [first, nr) of l1 are judged */
   int32_t snapshot_index;
   uint64_t l1_host_off;
+  bool shared;                  /* some table is named twice */
   struct finding_batch batch;
 };
 
 static int
-l1_finding (struct l1_walk *w, enum finding_id id, enum bad_fix fix, uint64_t i, uint64_t raw,
-            struct err *err)
+l1_finding (struct l1_walk *w, enum finding_id id, uint64_t i, uint64_t raw, struct err *err)
 {
   const struct geom *g = w->k->g;
   struct finding f = {
@@ -113,43 +129,64 @@ l1_finding (struct l1_walk *w, enum finding_id id, enum bad_fix fix, uint64_t i,
     .index = i, .found = raw, .count = 1,
   };
 
-  if (finding_batch_add (&w->batch, &f) < 0)
-    return err_set (err, ENOMEM, "out of memory");
-  return bad_add (w->k, (struct bad_run) {
+  return finding_batch_add (&w->batch, &f) < 0 ? err_set (err, ENOMEM, "out of memory") : 0;
+}
+
+/* An entry that is lost. */
+static int
+l1_lost (struct l1_walk *w, enum finding_id id, uint64_t i, uint64_t raw, struct err *err)
+{
+  int r = l1_finding (w, id, i, raw, err);
+
+  return r < 0 ? r : bad_add (w->k, (struct bad_run) {
       .table_host_off = w->l1_host_off, .index = i, .count = 1, .in_l1 = true,
-      .snapshot_index = w->snapshot_index, .why = id, .fix = fix }, err);
+      .snapshot_index = w->snapshot_index, .why = id, .fix = BAD_LOST }, err);
+}
+
+/* Reserved bits, and the rest seems right: what lies there decides, later. */
+static int
+l1_doubtful (struct l1_walk *w, uint64_t i, uint64_t host_off, struct err *err)
+{
+  struct l1_doubt d = { .l1_host_off = w->l1_host_off, .l2_host_off = host_off, .index = i,
+                        .snapshot_index = w->snapshot_index };
+
+  return l1_doubt_vec_push (&w->k->l1_doubts, d) < 0 ? err_set (err, ENOMEM, "out of memory") : 0;
 }
 
 static int
-claim_new_l2_table (struct l1_walk *w, uint64_t i, uint64_t raw, uint64_t host_off,
+claim_new_l2_table (struct l1_walk *w, uint64_t i, uint64_t raw, uint64_t host_off, bool *lost,
                     struct err *err)
 {
-  bool active = w->snapshot_index == FINDING_ACTIVE, conflict = false;
+  bool active = w->snapshot_index == FINDING_ACTIVE;
   struct l2_table t = {
     .host_off = host_off, .weight = 1, .active_weight = active,
     .snapshot_index = w->snapshot_index, .l1_index = i, .last_l1 = w->snapshot_index,
   };
-  int r = claim_meta (w->k, host_off, w->k->g->cluster_size, &conflict, err);
+  int r = claim_meta (w->k, host_off, w->k->g->cluster_size, lost, err);
 
   if (r < 0)
     return r;
-  if (!conflict)
+  if (!*lost)
     return l2_insert (w->k, &t, err);
   set_incomplete (w->k);
-  return l1_finding (w, FINDING_L1_ENTRY_OVERLAP, BAD_LOST, i, raw, err);
+  r = l1_lost (w, FINDING_L1_ENTRY_OVERLAP, i, raw, err);
+  return r < 0 ? r : overlap_add (w->k, (struct overlap) {
+      .ci = host_off >> w->k->g->cluster_bits, .n = 1,
+      .loser = { .kind = OWNER_L2_TABLE, .index = i, .snapshot_index = w->snapshot_index } }, err);
 }
 
 static int
-claim_l2_table (struct l1_walk *w, uint64_t i, uint64_t raw, uint64_t host_off, struct err *err)
+claim_l2_table (struct l1_walk *w, uint64_t i, uint64_t raw, uint64_t host_off, bool *lost,
+                struct err *err)
 {
   struct l2_table *t = l2_find (&w->k->l2, host_off);
 
   if (t == NULL)
-    return claim_new_l2_table (w, i, raw, host_off, err);
+    return claim_new_l2_table (w, i, raw, host_off, lost, err);
   t->weight++;
   t->active_weight += w->snapshot_index == FINDING_ACTIVE;
   if (t->last_l1 == w->snapshot_index)
-    return l1_finding (w, FINDING_L2_TABLE_SHARED, BAD_LOST, i, raw, err);
+    w->shared = t->shared = true;
   t->last_l1 = w->snapshot_index;
   return 0;
 }
@@ -159,97 +196,128 @@ check_l1_entry (struct l1_walk *w, uint64_t i, uint64_t raw, struct err *err)
 {
   struct checker *k = w->k;
   uint64_t host_off = raw & L1E_OFF_MASK;
+  bool lost = false;
   int r = 0;
 
+  if ((raw & L1E_RESERVED_MASK) || !table_fits (k, host_off, k->g->cluster_size))
+    set_incomplete (k);
   /* COPIED without an offset says that something was there. */
-  if ((raw & L1E_RESERVED_MASK) || host_off == 0) {
-    set_incomplete (k);
-    r = l1_finding (w, FINDING_L1_ENTRY_RESERVED, host_off ? BAD_RESERVED : BAD_LOST, i, raw, err);
-  }
-  if (r < 0 || host_off == 0)
+  if (host_off == 0)
+    return l1_lost (w, FINDING_L1_ENTRY_RESERVED, i, raw, err);
+  if (raw & L1E_RESERVED_MASK)
+    r = l1_finding (w, FINDING_L1_ENTRY_RESERVED, i, raw, err);
+  if (r < 0)
     return r;
-  if (!IS_ALIGNED (host_off, k->g->cluster_size)) {
-    set_incomplete (k);
-    return l1_finding (w, FINDING_L1_ENTRY_UNALIGNED, BAD_LOST, i, raw, err);
-  }
-  if (!table_fits (k, host_off, k->g->cluster_size)) {
-    set_incomplete (k);
-    return l1_finding (w, FINDING_L1_ENTRY_OUTSIDE, BAD_LOST, i, raw, err);
-  }
-  return claim_l2_table (w, i, raw, host_off, err);
-}
-
-int
-claim_l2_tables (struct checker *k, const uint64_t *l1, uint64_t nr, int32_t snapshot_index,
-                 uint64_t l1_host_off, struct err *err)
-{
-  struct l1_walk w = { .k = k, .snapshot_index = snapshot_index, .l1_host_off = l1_host_off };
-  int r = 0;
-
-  finding_batch_init (&w.batch, &k->c->findings, k->g->cluster_size);
-  for (uint64_t i = 0; i < nr && r == 0; ++i)
-    if (l1[i])
-      r = check_l1_entry (&w, i, l1[i], err);
-  if (r == 0 && finding_batch_flush (&w.batch) < 0)
-    r = err_set (err, ENOMEM, "out of memory");
+  if (!IS_ALIGNED (host_off, k->g->cluster_size))
+    return l1_lost (w, FINDING_L1_ENTRY_UNALIGNED, i, raw, err);
+  if (!table_fits (k, host_off, k->g->cluster_size))
+    return l1_lost (w, FINDING_L1_ENTRY_OUTSIDE, i, raw, err);
+  r = claim_l2_table (w, i, raw, host_off, &lost, err);
+  if (r == 0 && (raw & L1E_RESERVED_MASK) && !lost)
+    r = l1_doubtful (w, i, host_off, err);
   return r;
 }
 
-/* --- the active L1 table */
+/* --- tables that one L1 table names twice */
 
 static int
-l1_problem (struct checker *k, enum finding_id id, uint64_t found, uint64_t expected,
-            struct err *err)
+compare_twins (const void *pa, const void *pb)
 {
-  if (id != FINDING_L1_TOO_SMALL)
-    set_incomplete (k);
-  return add_finding (k, (struct finding) {
-      .id = id, .snapshot_index = FINDING_ACTIVE, .host_off = k->c->header.l1_host_off,
-      .guest_off = 0, .guest_len = k->c->header.size, .found = found, .expected = expected }, err);
+  const struct twin *a = pa, *b = pb;
+
+  if (a->host_off != b->host_off)
+    return a->host_off < b->host_off ? -1 : 1;
+  return a->index < b->index ? -1 : a->index > b->index;
 }
 
-static int
-load_active_l1 (struct checker *k, uint64_t bytes, struct err *err)
+/* How good the claim of entry i is. */
+static unsigned
+claim_rank (const struct l1_walk *w, uint32_t i)
 {
-  struct table_load load = { .host_off = k->c->header.l1_host_off, .len = bytes };
-  int r;
+  uint64_t off = w->l1[i] & L1E_OFF_MASK, before = 0, after = UINT64_MAX;
 
-  k->l1 = malloc (bytes);
-  if (k->l1 == NULL)
-    return err_set (err, ENOMEM, "out of memory");
-  load.buf = (uint8_t *) k->l1;
-  r = load_tables (k, &load, 1, err);
+  for (uint32_t j = i; j > 0 && before == 0; --j)
+    before = w->l1[j - 1] & L1E_OFF_MASK;
+  for (uint64_t j = i + 1; j < w->nr && after == UINT64_MAX; ++j)
+    if (w->l1[j] & L1E_OFF_MASK)
+      after = w->l1[j] & L1E_OFF_MASK;
+  return 2 * (before < off && off < after) + !!(w->l1[i] & ENTRY_COPIED);
+}
+
+/* All but the best of twins that name the same table are lost. */
+static int
+judge_twins (struct l1_walk *w, const struct twin *t, size_t nr, struct err *err)
+{
+  size_t best = 0;
+  unsigned best_rank = 0;
+  int r = 0;
+
+  for (size_t i = 0; i < nr && nr > 1; ++i) {
+    unsigned rank = claim_rank (w, t[i].index);
+
+    if (i == 0 || rank > best_rank) {
+      best = i;
+      best_rank = rank;
+    }
+  }
+  for (size_t i = 0; i < nr && r == 0; ++i)
+    if (i != best) {
+      r = l1_lost (w, FINDING_L2_TABLE_SHARED, t[i].index, w->l1[t[i].index], err);
+      if (r == 0)
+        r = conflict_add (w->k, t[0].host_off, w->k->g->cluster_size,
+                          (struct owner) { OWNER_L2_TABLE, w->snapshot_index, t[best].index, 0, 0 },
+                          (struct owner) { OWNER_L2_TABLE, w->snapshot_index, t[i].index, 0, 0 },
+                          err);
+    }
+  return r;
+}
+
+/* The entries before w->first were judged when they were seen; as twins of later
+ * ones they count again.
+ */
+static int
+judge_shared (struct l1_walk *w, struct err *err)
+{
+  struct twin_vec v = VEC_INIT;
+  int r = 0;
+
+  for (uint64_t i = 0; i < w->nr && r == 0; ++i) {
+    uint64_t host_off = w->l1[i] & L1E_OFF_MASK;
+    const struct l2_table *t = host_off ? l2_find (&w->k->l2, host_off) : NULL;
+
+    if (t && t->shared)
+      r = twin_vec_push (&v, (struct twin) { host_off, i });
+  }
   if (r < 0)
-    return r;
-  if (load.r < 0)
-    return l1_problem (k, FINDING_L1_UNREADABLE, 0, 0, err);
-  k->nr_l1 = bytes / 8;
-  for (uint64_t i = 0; i < k->nr_l1; ++i)
-    k->l1[i] = load_be64 (&k->l1[i]);
-  return 0;
+    r = err_set (err, ENOMEM, "out of memory");
+  if (v.len)
+    qsort (v.ptr, v.len, sizeof *v.ptr, compare_twins);
+  for (size_t i = 0, n; i < v.len && r == 0; i += n) {
+    for (n = 1; i + n < v.len && v.ptr[i + n].host_off == v.ptr[i].host_off; ++n)
+      ;
+    r = judge_twins (w, v.ptr + i, n, err);
+    l2_find (&w->k->l2, v.ptr[i].host_off)->shared = false;
+  }
+  vec_reset (&v);
+  return r;
 }
 
 int
-check_active_l1 (struct checker *k, struct err *err)
+claim_l2_tables (struct checker *k, const uint64_t *l1, uint64_t first, uint64_t nr,
+                 int32_t snapshot_index, uint64_t l1_host_off, struct err *err)
 {
-  const struct header *h = &k->c->header;
-  uint64_t bytes = (uint64_t) h->l1_entries * 8, needed = geom_l1_entries (k->g, h->size);
+  struct l1_walk w = { .k = k, .l1 = l1, .first = first, .nr = nr,
+                       .snapshot_index = snapshot_index, .l1_host_off = l1_host_off };
   int r = 0;
 
-  progress_update (k->progress, "tables", 0, 1);
-  if (bytes > MAX_L1_BYTES)
-    return l1_problem (k, FINDING_L1_TOO_LARGE, h->l1_entries, needed, err);
-  if (h->l1_entries < needed)
-    r = l1_problem (k, FINDING_L1_TOO_SMALL, h->l1_entries, needed, err);
-  if (r < 0 || h->l1_entries == 0)
-    return r;
-  if (!table_fits (k, h->l1_host_off, bytes))
-    return l1_problem (k, FINDING_L1_OUTSIDE, h->l1_host_off, 0, err);
-  r = claim_meta (k, h->l1_host_off, bytes, NULL, err);
-  if (r == 0)
-    r = load_active_l1 (k, bytes, err);
-  if (r == 0)
-    r = claim_l2_tables (k, k->l1, k->nr_l1, FINDING_ACTIVE, h->l1_host_off, err);
+  finding_batch_init (&w.batch, &k->c->findings, k->g->cluster_size);
+  for (uint64_t i = first; i < nr && r == 0; ++i)
+    if (l1[i])
+      r = check_l1_entry (&w, i, l1[i], err);
+  if (r == 0 && w.shared)
+    r = judge_shared (&w, err);
+  if (r == 0 && finding_batch_flush (&w.batch) < 0)
+    r = err_set (err, ENOMEM, "out of memory");
   return r;
 }
 
@@ -261,6 +329,15 @@ compare_host_off (const void *pa, const void *pb)
   const struct l2_table *a = pa, *b = pb;
 
   return a->host_off < b->host_off ? -1 : a->host_off > b->host_off;
+}
+
+struct l2_table *
+l2_table_at (const struct checker *k, uint64_t host_off)
+{
+  const struct l2_table_vec *v = &k->l2.tables;
+  struct l2_table key = { .host_off = host_off };
+
+  return v->len ? bsearch (&key, v->ptr, v->len, sizeof *v->ptr, compare_host_off) : NULL;
 }
 
 /* Each table was claimed once when it was first seen; add its other references,

@@ -46,23 +46,63 @@ add_finding (struct checker *k, struct finding f, struct err *err)
   return r < 0 ? err_set (err, -r, "out of memory") : 0;
 }
 
+size_t
+bad_limit (const struct checker *k)
+{
+  return MAX (MIN (k->memory_limit, UINT64_C (1) << 30) / 8 / sizeof (struct l2_doubt), 64);
+}
+
+static bool
+continues (const struct bad_run *a, const struct bad_run *b)
+{
+  return a->table_host_off == b->table_host_off && a->in_l1 == b->in_l1 &&
+         a->snapshot_index == b->snapshot_index && a->why == b->why && a->fix == b->fix &&
+         a->index + a->count == b->index;
+}
+
 int
 bad_add (struct checker *k, struct bad_run b, struct err *err)
 {
   struct bad_run_vec *v = &k->c->bad;
-  struct bad_run *last;
+  bool joins;
 
   LOCK_SCOPE (&k->bad_lock);
-  last = v->len ? &v->ptr[v->len - 1] : NULL;
-  if (last && last->table_host_off == b.table_host_off && last->in_l1 == b.in_l1 &&
-      last->snapshot_index == b.snapshot_index && last->why == b.why && last->fix == b.fix &&
-      last->index + last->count == b.index) {
-    last->count += b.count;
+  /* What is mended bit by bit may be lost as a whole, too: see finish_bad. */
+  joins = b.fix != BAD_RESERVED && b.fix != BAD_SUBCLUSTERS;
+  if (joins && v->len && continues (&v->ptr[v->len - 1], &b)) {
+    v->ptr[v->len - 1].count += b.count;
+    return 0;
+  }
+  if (v->len >= bad_limit (k)) {
+    k->c->bad_truncated = true;
     return 0;
   }
   return bad_run_vec_push (v, b) < 0 ? err_set (err, ENOMEM, "out of memory") : 0;
 }
 
+int
+conflict_add (struct checker *k, uint64_t host_off, uint64_t host_len, struct owner winner,
+              struct owner loser, struct err *err)
+{
+  LOCK_SCOPE (&k->bad_lock);
+  if (k->c->nr_conflicts++ >= MAX_CONFLICTS)
+    return 0;
+  return conflict_vec_push (&k->c->conflicts, (struct conflict) { host_off, host_len, winner, loser })
+             < 0 ? err_set (err, ENOMEM, "out of memory") : 0;
+}
+
+int
+overlap_add (struct checker *k, struct overlap o, struct err *err)
+{
+  LOCK_SCOPE (&k->bad_lock);
+  if (k->overlaps.len >= MAX_CONFLICTS) {
+    k->c->nr_conflicts++;
+    return 0;
+  }
+  return overlap_vec_push (&k->overlaps, o) < 0 ? err_set (err, ENOMEM, "out of memory") : 0;
+}
+
+/* By table and index; at one entry, what loses it comes first. */
 static int
 compare_bad (const void *pa, const void *pb)
 {
@@ -70,7 +110,64 @@ compare_bad (const void *pa, const void *pb)
 
   if (a->table_host_off != b->table_host_off)
     return a->table_host_off < b->table_host_off ? -1 : 1;
-  return a->index < b->index ? -1 : a->index > b->index;
+  if (a->in_l1 != b->in_l1)
+    return a->in_l1 - b->in_l1;
+  if (a->snapshot_index != b->snapshot_index)
+    return a->snapshot_index < b->snapshot_index ? -1 : 1;
+  if (a->index != b->index)
+    return a->index < b->index ? -1 : 1;
+  if (a->fix != b->fix)
+    return (b->fix == BAD_LOST) - (a->fix == BAD_LOST) ?: (int) a->fix - (int) b->fix;
+  return a->why < b->why ? -1 : a->why > b->why;
+}
+
+/* Sort, and see to it that each entry has one fate: an entry that is lost needs no
+ * other repair, and of two repairs the next check finds the second.
+ */
+static void
+finish_bad (struct bad_run_vec *v)
+{
+  size_t n = 0;
+
+  if (v->len)
+    qsort (v->ptr, v->len, sizeof *v->ptr, compare_bad);
+  for (size_t i = 0; i < v->len; ++i) {
+    struct bad_run b = v->ptr[i], *last = n ? &v->ptr[n - 1] : NULL;
+    uint64_t end = b.index + (uint64_t) b.count, last_end;
+
+    if (last && last->table_host_off == b.table_host_off && last->in_l1 == b.in_l1 &&
+        last->snapshot_index == b.snapshot_index) {
+      last_end = last->index + (uint64_t) last->count;
+      if (end <= last_end)
+        continue;
+      b.index = MAX (b.index, last_end);
+      b.count = end - b.index;
+      if (continues (last, &b)) {
+        last->count += b.count;
+        continue;
+      }
+    }
+    v->ptr[n++] = b;
+  }
+  v->len = n;
+}
+
+/* In an order that does not depend on the threads that found them. */
+static int
+compare_conflicts (const void *pa, const void *pb)
+{
+  const struct conflict *a = pa, *b = pb;
+  const uint64_t keys[][2] = {
+    { a->host_off, b->host_off }, { a->host_len, b->host_len },
+    { a->loser.kind, b->loser.kind }, { a->loser.snapshot_index + UINT64_C (1),
+                                        b->loser.snapshot_index + UINT64_C (1) },
+    { a->loser.index, b->loser.index }, { a->loser.guest_off, b->loser.guest_off },
+  };
+
+  for (unsigned i = 0; i < sizeof keys / sizeof *keys; ++i)
+    if (keys[i][0] != keys[i][1])
+      return keys[i][0] < keys[i][1] ? -1 : 1;
+  return 0;
 }
 
 bool
@@ -132,6 +229,12 @@ checker_reset (struct checker *k)
   vec_reset (&k->l2.tables);
   free (k->l2.slots);
   free (k->l1);
+  vec_reset (&k->followed);
+  vec_reset (&k->l1_doubts);
+  vec_reset (&k->l2_doubts);
+  vec_reset (&k->overlaps);
+  vec_reset (&k->bitmap_doubts);
+  vec_reset (&k->rt_doubts);
   pthread_mutex_destroy (&k->bad_lock);
 }
 
@@ -139,8 +242,8 @@ static int
 run_phases (struct checker *k, struct err *err)
 {
   static int (*const phases[]) (struct checker *, struct err *) = {
-    check_header, check_active_l1, check_snapshots, check_l2_close, check_extras,
-    check_data, check_deep, check_refcounts, check_orphans,
+    check_header, check_active_l1, check_snapshots, check_l1_tail, check_l2_close, check_extras,
+    check_data, check_deep, check_refcounts, check_contests, check_orphans,
     check_copied_flags,
   };
   int r = 0;
@@ -172,8 +275,9 @@ check_run (struct bdev *d, const struct check_options *opts, struct check **ret,
     return r;
   }
   findings_finish (&k.c->findings, k.g->cluster_size);
-  if (k.c->bad.len)
-    qsort (k.c->bad.ptr, k.c->bad.len, sizeof *k.c->bad.ptr, compare_bad);
+  finish_bad (&k.c->bad);
+  if (k.c->conflicts.len)
+    qsort (k.c->conflicts.ptr, k.c->conflicts.len, sizeof *k.c->conflicts.ptr, compare_conflicts);
   *ret = k.c;
   return 0;
 }
@@ -193,6 +297,7 @@ check_free (struct check *c)
   ownermap_free (c->excess);
   vec_reset (&c->bad);
   vec_reset (&c->conflicts);
+  vec_reset (&c->bitmaps);
   free (c->backing_name);
   free (c);
 }

@@ -57,11 +57,32 @@ struct check_stats {
   uint64_t l2_tables;           /* distinct ones read */
 };
 
+/* One entry of the bitmap directory. */
+struct bitmap_state {
+  uint64_t dir_off, dir_len;    /* bytes from the start of the directory, with padding */
+  bool damaged;                 /* X02: its table or data cannot be right */
+};
+DEFINE_VEC (bitmap_state_vec, struct bitmap_state);
+
 struct check {
   struct header header;
   struct geom geom;
   uint64_t file_size;           /* bytes, when the check began */
-  struct snapshot_vec snapshots;/* those that could be decoded */
+  /* Those that could be decoded, in the order of the table; a snapshot_index anywhere
+   * is a position in this.  A bad entry between them is S02.
+   */
+  struct snapshot_vec snapshots;
+  /* What l1_size in the header should be, given the virtual size and what lies at and
+   * behind the table (equal to header.l1_entries if there is nothing to mend; also if
+   * no table can be large enough, H06); and that the table has no room for it where it lies.
+   */
+  uint32_t l1_entries_right;
+  bool l1_must_move;
+  /* Entries of the active L1 table, from its start, that this check went by. */
+  uint32_t l1_entries_followed;
+  /* Consistent bitmaps in the order of the directory; none if it is damaged (X01). */
+  struct bitmap_state_vec bitmaps;
+  bool bitmap_dir_damaged;
   struct findings findings;
   struct check_stats stats;
   struct rt_state rt;
@@ -79,6 +100,7 @@ struct check {
   struct ownermap *kept;
   /* Every entry of an L1 or L2 table that cannot be right; sorted by table and index. */
   struct bad_run_vec bad;
+  bool bad_truncated;           /* more of them than memory allows: mend these, check again */
   /* Who lies on whom: the first MAX_CONFLICTS, and how many there are. */
   struct conflict_vec conflicts;
   uint64_t nr_conflicts;

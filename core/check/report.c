@@ -29,6 +29,8 @@ value_form (enum finding_id id)
 {
   switch (id) {
   case FINDING_L1_TOO_SMALL:
+  case FINDING_L1_TOO_LARGE:
+  case FINDING_L1_CUT:
   case FINDING_REFCOUNT_LOW:
   case FINDING_REFCOUNT_HIGH:
   case FINDING_REFCOUNT_PAST_END:
@@ -36,23 +38,27 @@ value_form (enum finding_id id)
   case FINDING_RT_TOO_SMALL:
   case FINDING_RT_UNTRUSTED:
     return VALUE_PAIR;
-  case FINDING_L1_TOO_LARGE:
+  case FINDING_HEADER_LENGTH_WRONG:
   case FINDING_TOO_MANY_SNAPSHOTS:
   case FINDING_ORPHANED_DATA:
   case FINDING_RT_TOO_LARGE:
     return VALUE_FOUND;
   case FINDING_AUTOCLEAR_UNKNOWN:
+  case FINDING_BACKING_FORMAT_MISSPELT:
     return VALUE_BITS;
   case FINDING_L1_COPIED_WRONG:
   case FINDING_L2_COPIED_WRONG:
     return VALUE_FLAG;
   case FINDING_CLUSTER_SHARED:
+  case FINDING_SNAPSHOT_CLUSTER_REUSED:
     return VALUE_GUEST;
   case FINDING_L1_ENTRY_RESERVED:
   case FINDING_L1_ENTRY_UNALIGNED:
   case FINDING_L1_ENTRY_OUTSIDE:
   case FINDING_L1_ENTRY_OVERLAP:
   case FINDING_L2_TABLE_SHARED:
+  case FINDING_L2_TABLE_NONSENSE:
+  case FINDING_DATA_FILE_PLACE_WRONG:
   case FINDING_L2_ENTRY_RESERVED:
   case FINDING_L2_ENTRY_UNALIGNED:
   case FINDING_L2_ENTRY_OUTSIDE:
@@ -93,6 +99,7 @@ has_index (const struct finding *f)
   const struct finding_kind *kind = &finding_kinds[f->id];
 
   return kind->unit == UNIT_ENTRIES || f->id == FINDING_CLUSTER_SHARED ||
+         f->id == FINDING_SNAPSHOT_CLUSTER_REUSED ||
          f->id == FINDING_L2_TABLE_UNREADABLE;
 }
 

@@ -48,6 +48,7 @@
 /* "Header extensions" */
 #define EXT_END                    UINT32_C (0x00000000)
 #define EXT_BACKING_FORMAT         UINT32_C (0xe2792aca)
+#define EXT_BACKING_FORMAT_CROSVM  UINT32_C (0xe279268f)   /* a misspelling: same contents */
 #define EXT_FEATURE_NAMES          UINT32_C (0x6803f857)
 #define EXT_BITMAPS                UINT32_C (0x23852875)
 #define EXT_CRYPTO_HEADER          UINT32_C (0x0537be77)

@@ -11,6 +11,24 @@
 #include "base/num.h"
 #include "fmt/header.h"
 
+/* The field is believed if it can be.  Else the header is as long as QEMU has
+ * written it since there are compression types, if the bytes that this adds look it
+ * (type and padding: taken for an extension they would be the end of them all), or
+ * as short as can be.
+ */
+static uint32_t
+right_length (const uint8_t *buf, uint32_t length, uint32_t cluster_bits)
+{
+  static const uint8_t padding[7];
+
+  if (length >= HEADER_V3_MIN_LENGTH && IS_ALIGNED (length, 8) &&
+      (cluster_bits > MAX_CLUSTER_BITS || length <= UINT64_C (1) << cluster_bits))
+    return length;
+  if (buf[HEADER_OFF_COMPRESSION] <= 1 && memcmp (buf + HEADER_OFF_COMPRESSION + 1, padding, 7) == 0)
+    return HEADER_FIXED_LENGTH;
+  return HEADER_V3_MIN_LENGTH;
+}
+
 void
 header_decode (const uint8_t *buf, size_t len, struct header *h)
 {
@@ -32,14 +50,15 @@ header_decode (const uint8_t *buf, size_t len, struct header *h)
   h->snapshots_host_off = load_be64 (buf + HEADER_OFF_SNAPSHOTS);
   if (h->version < 3) {
     h->refcount_order = 4;
-    h->header_length = HEADER_V2_LENGTH;
+    h->header_length = h->header_length_found = HEADER_V2_LENGTH;
     return;
   }
   h->incompatible = load_be64 (buf + HEADER_OFF_INCOMPATIBLE);
   h->compatible = load_be64 (buf + HEADER_OFF_COMPATIBLE);
   h->autoclear = load_be64 (buf + HEADER_OFF_AUTOCLEAR);
   h->refcount_order = load_be32 (buf + HEADER_OFF_REFCOUNT_ORDER);
-  h->header_length = load_be32 (buf + HEADER_OFF_HEADER_LENGTH);
+  h->header_length_found = load_be32 (buf + HEADER_OFF_HEADER_LENGTH);
+  h->header_length = right_length (buf, h->header_length_found, h->cluster_bits);
   if (h->header_length > HEADER_OFF_COMPRESSION)
     h->compression_type = buf[HEADER_OFF_COMPRESSION];
 }
@@ -83,11 +102,6 @@ header_usable (const struct header *h, struct err *err)
   if (h->refcount_order > MAX_REFCOUNT_ORDER)
     return err_set (err, EINVAL, "refcount_order is %u, valid are 0 to %u",
                     h->refcount_order, MAX_REFCOUNT_ORDER);
-  if (h->version == 3 &&
-      (h->header_length < HEADER_V3_MIN_LENGTH ||
-       h->header_length > UINT64_C (1) << h->cluster_bits))
-    return err_set (err, EINVAL, "header_length is %u, valid are %u to the cluster size",
-                    h->header_length, HEADER_V3_MIN_LENGTH);
   return check_features (h, err);
 }
 

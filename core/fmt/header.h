@@ -39,7 +39,8 @@ struct header {
   uint64_t compatible;
   uint64_t autoclear;
   uint32_t refcount_order;
-  uint32_t header_length;       /* bytes */
+  uint32_t header_length;       /* bytes; where the field makes no sense, what it must be */
+  uint32_t header_length_found; /* the field */
   uint8_t compression_type;
   /* From header_decode_extensions. */
   struct header_ext_vec exts;

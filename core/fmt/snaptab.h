@@ -2,6 +2,7 @@
 #ifndef QR_FMT_SNAPTAB_H
 #define QR_FMT_SNAPTAB_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
 #include "base/err.h"
@@ -17,6 +18,7 @@ struct snapshot {
   uint64_t entry_off;           /* bytes from the start of the snapshot table */
   uint64_t entry_len;           /* bytes, with padding */
   char *id, *name;              /* owned, NUL-terminated copies; bytes as found */
+  bool unusable;                /* set by the check: its L1 table is not where it could be */
 };
 DEFINE_VEC (snapshot_vec, struct snapshot);
 

@@ -91,6 +91,7 @@ tables_are_doubtful (const struct check *c)
 {
   return findings_has (&c->findings, FINDING_L1_ENTRY_OVERLAP)
          || findings_has (&c->findings, FINDING_L2_ENTRY_OVERLAP)
+         || findings_has (&c->findings, FINDING_L2_TABLE_NONSENSE)
          || findings_has (&c->findings, FINDING_SNAPSHOT_OVERLAP);
 }
 
@@ -98,7 +99,7 @@ int
 heal_copied_flags (struct heal *h, struct err *err)
 {
   const struct header *header = &h->c->header;
-  uint64_t l1_bytes = (uint64_t) header->l1_entries * 8;
+  uint64_t l1_entries = h->c->l1_entries_followed, l1_bytes = l1_entries * 8;
   CLEANUP_FREE uint8_t *l1 = NULL;
   int r;
 
@@ -111,12 +112,12 @@ heal_copied_flags (struct heal *h, struct err *err)
   if (!l1)
     return err_set (err, ENOMEM, "out of memory");
   r = bdev_pread_padded (h->d, l1, l1_bytes, header->l1_host_off, err);
-  for (uint64_t i = 0; r == 0 && i < header->l1_entries; ++i) {
+  for (uint64_t i = 0; r == 0 && i < l1_entries; ++i) {
     uint64_t l2_host_off = load_be64 (l1 + i * 8) & L1E_OFF_MASK;
 
     if (!is_cluster_inside (h, l2_host_off))
       continue;
-    progress_update (h->progress, "mending COPIED flags", i, header->l1_entries);
+    progress_update (h->progress, "mending COPIED flags", i, l1_entries);
     r = bdev_pread_padded (h->d, h->buf, h->g.cluster_size, l2_host_off, NULL);
     if (r < 0) {
       r = 0;                    /* the check reported it; its flags stay as they are */

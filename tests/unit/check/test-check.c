@@ -175,11 +175,11 @@ test_l1_size (void **state)
   struct bdev *d = plain ();
 
   put32 (d, HEADER_OFF_L1_SIZE, (MAX_L1_BYTES / 8) + 1);
-  expect (bdev_ref (d), "H07:1 R02:19 O01:2 O02:1", true);
+  expect (bdev_ref (d), "H07:1", true);
   put32 (d, HEADER_OFF_L1_SIZE, UINT32_MAX);
-  expect (bdev_ref (d), "H07:1 R02:19 O01:2 O02:1", true);
+  expect (bdev_ref (d), "H07:1", true);
   put32 (d, HEADER_OFF_L1_SIZE, 0);
-  expect (bdev_ref (d), "H06:1 R02:19 O01:2 O02:1", false);
+  expect (bdev_ref (d), "H06:1", false);
   put32 (d, HEADER_OFF_L1_SIZE, 1);
   put64 (d, HEADER_OFF_SIZE, UINT64_C (1) << 33);
   expect (bdev_ref (d), "H06:1", false);
@@ -539,7 +539,7 @@ test_snapshot_table (void **state)
   expect (bdev_ref (d), "S01:1 R02:22 O01:2 O02:1", true);
   put64 (d, HEADER_OFF_SNAPSHOTS, table);
   put32 (d, HEADER_OFF_NB_SNAPSHOTS, 65537);
-  expect (bdev_ref (d), "S05:1 R02:22 O01:2 O02:1", true);
+  expect (bdev_ref (d), "S05:1", true);
   put32 (d, HEADER_OFF_NB_SNAPSHOTS, 2);
   c = check_image (d);
   second = table + c->snapshots.ptr[1].entry_off;

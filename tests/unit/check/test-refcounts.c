@@ -311,11 +311,11 @@ test_mapping_wins (void **state)
   struct check *c;
 
   put64 (d, l2_place (d, 0, 5), COPIED | block);
-  c = expect_keep (d, "R02:1 R23:1");
+  c = expect_keep (d, "T14:1 R02:1 R23:1 O02:1");
   assert_int_equal (ownermap_get (c->owners, block / 512), 1);
   check_free (c);
   put64 (d, l2_place (d, 0, 5), COPIED | get64 (d, HEADER_OFF_RT));
-  c = expect_keep (d, "R14:1");
+  c = expect_keep (d, "T14:1 R14:1");
   assert_false (c->rt.usable);
   check_free (c);
   put64 (d, l2_place (d, 0, 5), old);
