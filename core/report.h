@@ -13,7 +13,9 @@
  */
 int report_write_json (FILE *fp, const struct stack *s, const struct err *failure);
 
-/* At most about 20 lines: what is wrong, what was mended, how it is served. */
+/* A screenful at most, 24 lines: what is wrong, what was mended, what is lost,
+ * how it is served.
+ */
 void report_write_text (FILE *fp, const struct stack *s);
 
 #endif /* QR_REPORT_H */

@@ -30,6 +30,7 @@ test  | cmd:qemu-system-x86_64 | qemu-system-x86    | qemu-system-x86-core
 test  | cmd:mke2fs            | e2fsprogs           | e2fsprogs
 test  | cmd:jq                | jq                  | jq
 test  | py:json,zlib          | python3             | python3
+test  | py:jsonschema         | python3-jsonschema  | python3-jsonschema
 test  | cmd:busybox           | busybox-static      | busybox
 serve | cmd:nbdkit            | nbdkit              | nbdkit-server
 serve | cmd:nbdinfo           | libnbd-bin          | libnbd

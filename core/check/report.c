@@ -5,13 +5,17 @@
  * one line, not one for each of its entries.  Everything that comes from the
  * image as bytes (snapshot names) is escaped.
  *
- * Deliberately not here: what was done about it (the stack's report).
+ * However much is wrong, the text keeps to the number of lines that it is given:
+ * it says less about each kind then, and about the worst first.
+ *
+ * Deliberately not here: how it was mended (the stack's report).
  */
 #include <inttypes.h>
 #include <string.h>
 
 #include "base/num.h"
 #include "check/report.h"
+#include "check/words.h"
 
 /* What found and expected of a kind mean. */
 enum value_form {
@@ -103,20 +107,6 @@ has_index (const struct finding *f)
          f->id == FINDING_L2_TABLE_UNREADABLE;
 }
 
-void
-report_json_string (FILE *fp, const char *s)
-{
-  putc ('"', fp);
-  for (const unsigned char *p = (const unsigned char *) s; *p; ++p)
-    if (*p == '"' || *p == '\\')
-      fprintf (fp, "\\%c", *p);
-    else if (*p >= 0x20 && *p < 0x7f)
-      putc (*p, fp);
-    else
-      fprintf (fp, "\\u%04x", *p);
-  putc ('"', fp);
-}
-
 /* --- text */
 
 static const char *
@@ -170,7 +160,7 @@ print_place (FILE *fp, const struct check *c, const struct finding *f)
     fprintf (fp, "snapshot %" PRId32, f->snapshot_index);
     if ((size_t) f->snapshot_index < c->snapshots.len) {
       putc (' ', fp);
-      report_json_string (fp, c->snapshots.ptr[f->snapshot_index].name);
+      report_name (fp, c->snapshots.ptr[f->snapshot_index].name);
     }
     sep = ", ";
   }
@@ -213,34 +203,72 @@ level_name (enum repair_level level)
   return level < REPAIR_NEVER ? names[level] : NULL;
 }
 
-/* Runs [first, first+n) are all of one kind. */
-static void
-print_kind (FILE *fp, const struct check *c, const struct finding *runs, size_t n,
-            unsigned max_runs)
+/* The runs of one kind. */
+struct slice {
+  const struct finding *runs;
+  size_t n;
+};
+
+/* How much is said about each kind. */
+struct detail {
+  bool advice;                  /* what it means, on a line of its own */
+  unsigned max_runs;            /* 0: the first place stands behind the title */
+};
+
+static unsigned
+lines_of_kind (const struct check *c, const struct slice *s, struct detail d)
 {
-  const struct finding_kind *kind = &finding_kinds[runs->id];
-  uint64_t total = c->findings.totals[runs->id], shown = 0;
+  unsigned shown = MIN (s->n, d.max_runs);
+
+  return 1 + shown + (d.max_runs && (s->n > shown || c->findings.dropped[s->runs->id]))
+         + d.advice;
+}
+
+static void
+print_title (FILE *fp, const struct check *c, const struct slice *s, bool with_place)
+{
+  const struct finding_kind *kind = &finding_kinds[s->runs->id];
+  uint64_t total = c->findings.totals[s->runs->id];
+  struct line l;
+
+  line_begin (&l, fp);
+  fprintf (l.fp, "%s %.*s", kind->code, title_length (kind), kind->title);
+  if (kind->unit != UNIT_ONE || total > 1)
+    fprintf (l.fp, ": %" PRIu64 " %s", total, unit_name (kind, total));
+  if (with_place) {
+    fputs (s->n > 1 ? "; first: " : "; ", l.fp);
+    print_place (l.fp, c, s->runs);
+  }
+  line_end (&l, fp);
+}
+
+static void
+print_kind (FILE *fp, const struct check *c, const struct slice *s, struct detail d)
+{
+  const struct finding_kind *kind = &finding_kinds[s->runs->id];
+  uint64_t total = c->findings.totals[s->runs->id], shown = 0;
+  struct line l;
   size_t i;
 
-  fprintf (fp, "%s %.*s", kind->code, title_length (kind), kind->title);
-  if (kind->unit != UNIT_ONE || total > 1)
-    fprintf (fp, ": %" PRIu64 " %s", total, unit_name (kind, total));
-  putc ('\n', fp);
-  for (i = 0; i < n && i < max_runs; ++i) {
-    fputs ("    ", fp);
-    print_place (fp, c, &runs[i]);
-    putc ('\n', fp);
-    shown += runs[i].count;
+  print_title (fp, c, s, d.max_runs == 0);
+  for (i = 0; i < s->n && i < d.max_runs; ++i) {
+    line_begin (&l, fp);
+    fputs ("    ", l.fp);
+    print_place (l.fp, c, &s->runs[i]);
+    line_end (&l, fp);
+    shown += s->runs[i].count;
   }
-  if (total > shown && max_runs > 0) {
-    fprintf (fp, "    ... and %s%zu more places (%" PRIu64 " %s)\n",
-             c->findings.dropped[runs->id] ? "more than " : "", n - i, total - shown,
+  if (d.max_runs && total > shown)
+    fprintf (fp, "    ... and %s%zu more places (%" PRIu64 " %s); report=FILE lists them\n",
+             c->findings.dropped[s->runs->id] ? "more than " : "", s->n - i, total - shown,
              unit_name (kind, total - shown));
-  }
-  fprintf (fp, "    -> %s", kind->advice);
+  if (!d.advice)
+    return;
+  line_begin (&l, fp);
+  fprintf (l.fp, "    -> %s", kind->advice);
   if (level_name (kind->level))
-    fprintf (fp, " (mended by repair=%s)", level_name (kind->level));
-  putc ('\n', fp);
+    fprintf (l.fp, " (mended by repair=%s)", level_name (kind->level));
+  line_end (&l, fp);
 }
 
 static void
@@ -270,17 +298,55 @@ print_totals (FILE *fp, const struct check *c)
            "clusters without a known owner are left alone\n", fp);
 }
 
-void
-report_text (FILE *fp, const struct check *c, unsigned max_runs)
+/* Slices of the runs, kind by kind, the most severe first.  Returns how many. */
+static size_t
+by_severity (const struct check *c, struct slice slices[NR_FINDINGS])
 {
   const struct finding_vec *v = &c->findings.runs;
-  size_t i = 0, n;
+  size_t nr = 0, n;
 
-  for (; i < v->len; i += n) {
-    for (n = 1; i + n < v->len && v->ptr[i + n].id == v->ptr[i].id; ++n)
-      ;
-    print_kind (fp, c, &v->ptr[i], n, max_runs);
+  for (int severity = NR_SEVERITIES; severity-- > 0;)
+    for (size_t i = 0; i < v->len; i += n) {
+      for (n = 1; i + n < v->len && v->ptr[i + n].id == v->ptr[i].id; ++n)
+        ;
+      if ((int) finding_kinds[v->ptr[i].id].severity == severity)
+        slices[nr++] = (struct slice) { &v->ptr[i], n };
+    }
+  return nr;
+}
+
+/* The most that can be said of each kind in so many lines. */
+static struct detail
+choose_detail (const struct check *c, const struct slice *slices, size_t nr, unsigned max_lines)
+{
+  static const struct detail details[] = { { true, 3 }, { true, 1 }, { true, 0 }, { false, 0 } };
+  size_t k = 0;
+
+  for (; k + 1 < sizeof details / sizeof details[0]; ++k) {
+    unsigned lines = 0;
+
+    for (size_t i = 0; i < nr; ++i)
+      lines += lines_of_kind (c, &slices[i], details[k]);
+    if (lines <= max_lines)
+      break;
   }
+  return details[k];
+}
+
+void
+report_text (FILE *fp, const struct check *c, unsigned max_lines)
+{
+  struct slice slices[NR_FINDINGS];
+  size_t nr = by_severity (c, slices), shown = nr;
+  unsigned room = max_lines > 3 ? max_lines - 1 - c->incomplete : 1;
+  struct detail d = choose_detail (c, slices, nr, room);
+
+  if (!d.advice && nr > room)
+    shown = room - 1;
+  for (size_t i = 0; i < shown; ++i)
+    print_kind (fp, c, &slices[i], d);
+  if (shown < nr)
+    fprintf (fp, "... and %zu more kinds of findings; report=FILE lists them\n", nr - shown);
   print_totals (fp, c);
 }
 
@@ -311,8 +377,55 @@ json_values (FILE *fp, const struct finding *f)
   }
 }
 
+static bool
+overlap (uint64_t a, uint64_t a_len, uint64_t b, uint64_t b_len)
+{
+  return a <= b ? b - a < a_len : a - b < b_len;
+}
+
+/* Are a and b, of one kind, about the same thing? */
+static bool
+same_place (const struct finding *a, const struct finding *b, const struct geom *g)
+{
+  if (a->snapshot_index != b->snapshot_index)
+    return false;
+  if (has_index (a))
+    return overlap (a->index, a->count, b->index, b->count);
+  if (finding_kinds[a->id].unit == UNIT_CLUSTERS)
+    return overlap (a->host_off, host_length (a, g), b->host_off, host_length (b, g));
+  return a->guest_off == b->guest_off;
+}
+
+/* Is it gone from a check made after the repair?  If not all of that check's
+ * findings were kept, what is not there proves nothing.
+ */
+static bool
+mended (const struct finding *f, const struct check *after)
+{
+  const struct finding_vec *v;
+  size_t i = 0, end;
+
+  if (!after)
+    return false;
+  if (after->findings.totals[f->id] == 0)
+    return true;
+  v = &after->findings.runs;
+  for (end = v->len; i < end;) {        /* the first of this kind */
+    size_t mid = i + (end - i) / 2;
+
+    if (v->ptr[mid].id < f->id)
+      i = mid + 1;
+    else
+      end = mid;
+  }
+  for (; i < v->len && v->ptr[i].id == f->id; ++i)
+    if (same_place (f, &v->ptr[i], &after->geom))
+      return false;
+  return !after->findings.dropped[f->id];
+}
+
 static void
-json_finding (FILE *fp, const struct check *c, const struct finding *f)
+json_finding (FILE *fp, const struct check *c, const struct finding *f, const struct check *after)
 {
   static const char *const severities[] = { "note", "leak", "corruption", "fatal" };
   static const char *const units[] = { "clusters", "entries", "one" };
@@ -339,19 +452,21 @@ json_finding (FILE *fp, const struct check *c, const struct finding *f)
   if (has_index (f))
     fprintf (fp, ", \"index\": %" PRIu64, f->index);
   json_values (fp, f);
+  if (after != c)
+    fprintf (fp, ", \"mended\": %s", mended (f, after) ? "true" : "false");
   fputs (", \"title\": ", fp);
   report_json_string (fp, kind->title);
   fputs (" }", fp);
 }
 
 void
-report_json_findings (FILE *fp, const struct check *c, const char *indent)
+report_json_findings (FILE *fp, const struct check *c, const struct check *after,
+                      const char *indent)
 {
   const struct finding_vec *v = &c->findings.runs;
 
   for (size_t i = 0; i < v->len; ++i) {
-    fputs (indent, fp);
-    json_finding (fp, c, &v->ptr[i]);
-    fputs (i + 1 < v->len ? ",\n" : "\n", fp);
+    fprintf (fp, "%s%s", i ? ",\n" : "\n", indent);
+    json_finding (fp, c, &v->ptr[i], after);
   }
 }

@@ -6,33 +6,26 @@
 
 #include "check/check.h"
 
-/* One line a run of findings: code, title, how many, where; at most max_runs
- * runs a kind and then "N more places"; what it means, once a kind; totals last.
- * Ranges are half-open.
+/* What is wrong, the most severe first, in at most max_lines lines (never less
+ * than three): of each kind its code, title and number, and as there is room the
+ * first places and what it means; totals last.  Ranges are half-open.
  */
-void report_text (FILE *fp, const struct check *c, unsigned max_runs);
+void report_text (FILE *fp, const struct check *c, unsigned max_lines);
 
-/* A JSON string literal of s, with everything outside printable ASCII escaped
- * (file names and snapshot names are untrusted bytes).
+/* The clusters that two structures claim, both named: at most max, and how many
+ * there are; nothing if there are none.
  */
-void report_json_string (FILE *fp, const char *s);
+void report_conflicts_text (FILE *fp, const struct check *c, unsigned max);
 
-/* The members of the "findings" array, one object a line, each line begun with
- * indent, without comma after the last.  qemu-img's fields are written by the
- * stack's report.
- *
- *   code, name, title, severity, mended-by  from the table of findings; mended-by
- *                             is a repair level, null = nothing mends it
- *   count, unit               items in this run; "clusters", "entries" or "one"
- *   host-offset               bytes; for clusters host-length too
- *   guest-offset, guest-length  bytes
- *   snapshot                  position in the snapshot table; absent: active disk
- *   index                     entry number
- *   entry                     the raw table entry, as a string "0x..."
- *   found, expected           numbers
- *
- * Members that do not apply are absent.
+/* The members of the "findings" array: see docs/report.md.  One object a line,
+ * each line begun with indent, without comma after the last.  after: the check
+ * made after the repair, which tells what was mended, or NULL if nothing was;
+ * c itself: leave that out.  Members that do not apply are absent.
  */
-void report_json_findings (FILE *fp, const struct check *c, const char *indent);
+void report_json_findings (FILE *fp, const struct check *c, const struct check *after,
+                           const char *indent);
+
+/* Likewise the list of conflicts. */
+void report_json_conflicts (FILE *fp, const struct check *c, const char *indent);
 
 #endif /* QR_CHECK_REPORT_H */

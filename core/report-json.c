@@ -1,5 +1,6 @@
-/* See report.h.  Pieces about findings come from check/report.c; this file adds
- * what the stack knows: what was healed, and how the guest disk is served.
+/* The report for programs: see report.h, and docs/report.md for every member.
+ * Pieces about findings come from check/report.c; this file adds what the stack
+ * knows: what was healed, what is lost, and how the guest disk is served.
  *
  * Counts of qemu-img's describe the image after repair, with what was fixed
  * beside them, as `qemu-img check -r' prints it.
@@ -8,9 +9,8 @@
 #include <inttypes.h>
 
 #include "check/report.h"
+#include "check/words.h"
 #include "report.h"
-
-#define RUNS_SHOWN 3
 
 static const char *const level_names[] = { "off", "refcounts", "all", "salvage" };
 
@@ -49,13 +49,70 @@ json_findings (FILE *fp, const struct layer *l)
   fprintf (fp, ",\n  \"sound\": %s", check_sound (now) ? "true" : "false");
   fprintf (fp, ",\n  \"complete\": %s", now->incomplete ? "false" : "true");
   fprintf (fp, ",\n  \"findings\": [");
-  report_json_findings (fp, l->before, "    ");
+  report_json_findings (fp, l->before, l->after, "    ");
   fprintf (fp, "]");
   if (l->after) {
     fprintf (fp, ",\n  \"findings-after\": [");
-    report_json_findings (fp, l->after, "    ");
+    report_json_findings (fp, l->after, l->after, "    ");
     fprintf (fp, "]");
   }
+  fprintf (fp, ",\n  \"conflicts\": {\n    \"total\": %" PRIu64 ",\n    \"listed\": [",
+           l->before->nr_conflicts);
+  report_json_conflicts (fp, l->before, "      ");
+  fprintf (fp, "]\n  }");
+}
+
+static void
+json_why (FILE *fp, int why)
+{
+  fputs (", \"why\": ", fp);
+  if (why < NR_FINDINGS)
+    fprintf (fp, "\"%s\", \"why-text\": \"%s\" }", finding_kinds[why].code,
+             finding_kinds[why].title);
+  else
+    fputs ("\"backing-file-missing\", \"why-text\": \"it would come from a backing file that is "
+           "not there\" }", fp);
+}
+
+/* Whose: absent for the active disk. */
+static void
+json_snapshot (FILE *fp, const char *id, const char *name)
+{
+  fputs ("\"snapshot-id\": ", fp);
+  report_json_string (fp, id ? id : "");
+  fputs (", \"snapshot-name\": ", fp);
+  report_json_string (fp, name ? name : "");
+}
+
+static void
+json_lost (FILE *fp, const struct lost *lost)
+{
+  uint64_t bytes = 0;
+
+  for (size_t i = 0; i < lost->ranges.len; ++i)
+    bytes += lost->ranges.ptr[i].guest_len;
+  fprintf (fp, ",\n  \"lost\": {\n    \"bytes\": %" PRIu64 ",\n    \"active-bytes\": %" PRIu64
+           ",\n    \"ranges\": [", bytes, lost->active_bytes);
+  for (size_t i = 0; i < lost->ranges.len; ++i) {
+    const struct lost_range *r = &lost->ranges.ptr[i];
+
+    fprintf (fp, "%s\n      { \"guest-offset\": %" PRIu64 ", \"guest-length\": %" PRIu64,
+             i ? "," : "", r->guest_off, r->guest_len);
+    if (r->snapshot_id) {
+      fputs (", ", fp);
+      json_snapshot (fp, r->snapshot_id, r->snapshot_name);
+    }
+    json_why (fp, r->why);
+  }
+  fputs ("],\n    \"snapshots\": [", fp);
+  for (size_t i = 0; i < lost->snapshots.len; ++i) {
+    const struct lost_snapshot *n = &lost->snapshots.ptr[i];
+
+    fprintf (fp, "%s\n      { ", i ? "," : "");
+    json_snapshot (fp, n->id, n->name);
+    json_why (fp, n->why);
+  }
+  fputs ("]\n  }", fp);
 }
 
 /* qemu-img's fields, then ours. */
@@ -107,8 +164,10 @@ json_layer (FILE *fp, const struct layer *l)
   fprintf (fp, ",\n  \"filename\": ");
   report_json_string (fp, l->path);
   fprintf (fp, ",\n  \"format\": \"%s\"", l->raw ? "raw" : "qcow2");
-  if (l->before)
+  if (l->before) {
     json_check (fp, l);
+    json_lost (fp, &l->lost);
+  }
   if (l->after)
     json_healed (fp, l);
 }
@@ -184,107 +243,4 @@ report_write_json (FILE *fp, const struct stack *s, const struct err *failure)
   }
   fprintf (fp, "\n}\n");
   return fflush (fp) == 0 && !ferror (fp) ? 0 : -EIO;
-}
-
-/* " 3 things done;", or nothing for none. */
-static void
-text_count (FILE *fp, uint64_t n, const char *thing, const char *done)
-{
-  if (n)
-    fprintf (fp, " %" PRIu64 " %s%s %s;", n, thing, n == 1 ? "" : "s", done);
-}
-
-static void
-text_healed (FILE *fp, const struct layer *l)
-{
-  const struct heal_result *h = &l->result;
-
-  fprintf (fp, "mended:");
-  if (h->rebuilt)
-    fprintf (fp, " refcounts rebuilt (table at 0x%" PRIx64 ", %" PRIu64 " block%s);",
-             h->rt_host_off, h->blocks_written, h->blocks_written == 1 ? "" : "s");
-  if (h->refcount_bits)
-    fprintf (fp, " refcounts widened to %u bits;", h->refcount_bits);
-  text_count (fp, h->blocks_replaced, "refcount block", "replaced");
-  text_count (fp, h->refcounts_raised, "refcount", "raised");
-  text_count (fp, h->refcounts_lowered, "leaked cluster", "freed");
-  text_count (fp, h->copied_fixed, "COPIED flag", "set right");
-  if (h->dirty_cleared)
-    fprintf (fp, " dirty bit cleared;");
-  if (h->corrupt_cleared)
-    fprintf (fp, " corrupt bit cleared;");
-  text_count (fp, h->leaks_kept, "leaked cluster", "kept, since not everything could be followed");
-  fprintf (fp, "\n");
-}
-
-static void
-text_after (FILE *fp, const struct layer *l)
-{
-  if (!l->after)
-    return;
-  text_healed (fp, l);
-  if (check_sound (l->after))
-    fprintf (fp, "checked again: sound\n");
-  else {
-    fprintf (fp, "checked again, this remains:\n");
-    report_text (fp, l->after, RUNS_SHOWN);
-  }
-}
-
-/* Sound files behind the image are worth no line. */
-static void
-text_chain (FILE *fp, const struct stack *s)
-{
-  for (size_t i = 0; i < s->chain.len; ++i) {
-    const struct layer *l = &s->chain.ptr[i];
-
-    if (!l->before || !findings_any (&l->before->findings, SEV_LEAK))
-      continue;
-    fprintf (fp, "checked the backing file %s:\n", l->path);
-    report_text (fp, l->before, RUNS_SHOWN);
-    text_after (fp, l);
-  }
-}
-
-static void
-text_committed (FILE *fp, const struct inplace *ip)
-{
-  if (ip->note)
-    fprintf (fp, "note: %s\n", ip->note);
-  if (!ip->committed)
-    return;
-  fprintf (fp, "%s: %" PRIu64 " bytes written, %" PRIu64 " zeroed; the journal %s was removed\n",
-           ip->resumed ? "a commit that had been cut off was finished" : "committed to the image",
-           ip->result.bytes_written + ip->data_result.bytes_written,
-           ip->result.bytes_zeroed + ip->data_result.bytes_zeroed, ip->journal);
-}
-
-static void
-text_verdict (FILE *fp, const struct stack *s)
-{
-  if (!s->guest)
-    fprintf (fp, "the guest disk is not served%s%s\n", s->why_no_guest ? ": " : "",
-             s->why_no_guest ? s->why_no_guest : "");
-  else if (s->writable)
-    fprintf (fp, "serving read-write, %s%s%s\n",
-             s->overlay ? "writes go to the overlay " : "in place",
-             s->overlay ? s->overlay : "",
-             s->inplace.committed ? "; the repair was written to the image" : "");
-  else
-    fprintf (fp, "serving READ-ONLY: %s\n", s->why_read_only ? s->why_read_only : "");
-}
-
-void
-report_write_text (FILE *fp, const struct stack *s)
-{
-  if (s->top.before) {
-    fprintf (fp, "checked %s%s%s%s:\n", s->top.path, s->overlay_reused ? " as changed by " : "",
-             !s->overlay_reused ? "" : s->overlay ? s->overlay : s->inplace.journal,
-             s->live ? " (in use elsewhere: findings may be transient)" : "");
-    report_text (fp, s->top.before, RUNS_SHOWN);
-  }
-  text_after (fp, &s->top);
-  text_chain (fp, s);
-  text_committed (fp, &s->inplace);
-  text_verdict (fp, s);
 }
