@@ -62,6 +62,14 @@ json_findings (FILE *fp, const struct layer *l)
   fprintf (fp, "]\n  }");
 }
 
+/* What the check saw; the index of the export lost+found has each. */
+static void
+json_orphans (FILE *fp, const struct orphan_stats *o)
+{
+  fprintf (fp, ",\n  \"orphans\": { \"clusters\": %" PRIu64 ", \"tables\": %" PRIu64
+           ", \"sampled\": %s }", o->clusters, o->tables, o->sampled ? "true" : "false");
+}
+
 static void
 json_why (FILE *fp, int why)
 {
@@ -167,6 +175,7 @@ json_layer (FILE *fp, const struct layer *l)
   if (l->before) {
     json_check (fp, l);
     json_lost (fp, &l->lost);
+    json_orphans (fp, &l->before->orphans);
   }
   if (l->after)
     json_healed (fp, l);

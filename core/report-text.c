@@ -1,7 +1,7 @@
 /* The report for people: see report.h.
  *
  * A screenful at most, whatever the damage: the worst findings first, then what
- * was mended, what is lost in bytes of the guest disk, what was claimed twice,
+ * was mended, what is lost in bytes of the guest disk, what was claimed twice, orphans,
  * and last what everybody looks for: how the disk is served, and what to do.
  * What does not fit is counted here and is whole in the other report.
  */
@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "base/cleanup.h"
+#include "check/orphans.h"
 #include "check/report.h"
 #include "check/words.h"
 #include "report.h"
@@ -176,6 +177,22 @@ text_chain (FILE *fp, const struct stack *s)
     fprintf (fp, "%u more backing files are damaged; report=FILE has all\n", shown - BACKING_SHOWN);
 }
 
+/* Not for mere leaks, which the findings tell. */
+static void
+text_orphans (FILE *fp, const struct check *c)
+{
+  const struct orphan_stats *o = &c->orphans;
+
+  if (orphan_findings (c) == 0)
+    return;
+  fprintf (fp, "orphans: ");
+  report_size (fp, o->clusters << c->geom.cluster_bits);
+  if (o->tables)
+    fprintf (fp, ", with %" PRIu64 " lost table%s%s", o->tables, o->tables == 1 ? "" : "s",
+             o->sampled ? " or more" : "");
+  fputs (", served as the export lost+found\n", fp);
+}
+
 static void
 text_committed (FILE *fp, const struct inplace *ip)
 {
@@ -212,8 +229,10 @@ text_tail (FILE *fp, const struct stack *s)
 {
   text_after (fp, &s->top);
   text_lost (fp, &s->top.lost);
-  if (s->top.before)
+  if (s->top.before) {
     report_conflicts_text (fp, s->top.before, CONFLICTS_SHOWN);
+    text_orphans (fp, s->top.before);
+  }
   text_chain (fp, s);
   text_committed (fp, &s->inplace);
   text_verdict (fp, s);

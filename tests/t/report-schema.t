@@ -63,6 +63,9 @@ fresh -o data_file=a.data; patch a.qcow2 rt-zero; reported "a data file" data-fi
 qemu-img create -q -f qcow2 --object secret,id=s,data=k -o encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10 a.qcow2 1M
 patch a.qcow2 rt-zero; reported "encrypted" overlay=o.qcow2
 
+fresh; patch a.qcow2 rt-zero; reported "in place" inplace=true
+is "in place: committed" "$(jq -c '[.committed.resumed, .served]' r.json)" '[false,"read-write"]'
+
 # --- refused, hostile
 echo "no image" >a.qcow2; reported "not an image"
 for seed in $(seq "$SEED" $((SEED + 11))); do
