@@ -3,6 +3,7 @@
 #define QR_HEAL_INT_H
 
 #include "heal/heal.h"
+#include "heal/lost.h"
 #include "heal/rebuild.h"
 
 struct heal {
@@ -35,6 +36,26 @@ int heal_values (struct heal *h, enum heal_direction direction, struct err *err)
 
 /* Make the COPIED flags of the active L1 and L2 tables agree with the references. */
 int heal_copied_flags (struct heal *h, struct err *err);
+
+/* --- level all: heal-all.c has the order.  Each of these mends what the check h->c
+ * says about its part, on h->d, and counts in h->res->structures what it changed; the
+ * caller flushes and checks again.  What is lost for good is added to lost.
+ */
+int heal_header (struct heal *h, struct lost *lost, struct err *err);           /* heal-header.c */
+int heal_snapshots (struct heal *h, struct lost *lost, struct err *err);        /* heal-snapshots.c */
+int heal_bitmaps (struct heal *h, struct err *err);                             /* heal-bitmaps.c */
+int heal_entries (struct heal *h, struct err *err);                             /* heal-entries.c */
+
+/* heal-place.c: n clusters in a row that nothing uses, inside the file or, where it
+ * can grow, behind its end; claimed in h->c->owners, so that the refcounts that are
+ * healed afterwards count them.  Their contents are undefined.  Clusters that have a
+ * refcount for no known reason are left alone.  -ENOSPC says how many are missing.
+ */
+int heal_place (struct heal *h, uint64_t n, uint64_t *host_off, struct err *err);
+
+/* Write len bytes at host_off, past the end of the file too (it grows). */
+int heal_write (struct heal *h, const void *buf, uint64_t len, uint64_t host_off,
+                struct err *err);
 
 /* The refcount that cluster ci shall have on disk. */
 static inline uint64_t

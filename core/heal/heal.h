@@ -5,6 +5,7 @@
 #define QR_HEAL_HEAL_H
 
 #include "check/check.h"
+#include "heal/lost.h"
 
 /* What was done, as numbers. */
 struct heal_result {
@@ -20,6 +21,13 @@ struct heal_result {
   unsigned refcount_bits;       /* new width, if the old one could not hold the counts; else 0 */
   uint64_t leaks_kept;          /* clusters left alone because the check was incomplete */
   bool dirty_cleared, corrupt_cleared;
+  /* Level all. */
+  uint64_t structures;          /* header fields, extensions, snapshot table, bitmaps mended */
+  uint64_t entries_cleared;     /* L1 and L2 entries that could not be right */
+  uint64_t entries_corrected;   /* of which the rest could be believed */
+  uint64_t clusters_split;      /* guest clusters given a host cluster of their own */
+  uint64_t clusters_unsplit;    /* left shared: encrypted, or no space */
+  unsigned rounds_all;          /* how often it was checked and mended */
 };
 
 /* Mend what level allows of c's findings on d, the bytes that c was made from.
@@ -41,6 +49,18 @@ int heal_run (struct bdev *d, struct check *c, enum repair_level level,
  */
 int heal_finish (struct bdev *d, struct check *after, struct heal_result *res,
                  struct err *err);
+
+/* Level all, before heal_run: mend what cannot be right in the mapping, the header and
+ * the other tables, check again, and go on until nothing is left that this
+ * level mends (or a bounded number of rounds).  *c is the check of d, and is
+ * replaced by the last one, with the caller's options; lost is added to.  res is
+ * added to.  The order of writes makes no promise to a crash beyond I6: d must be an overlay.
+ */
+int heal_all (struct bdev *d, struct check **c, const struct check_options *copts,
+              struct heal_result *res, struct lost *lost, struct err *err);
+
+/* Would heal_all do anything? */
+bool heal_all_needed (const struct check *c);
 
 /* Would heal_run or heal_finish write anything? */
 bool heal_needed (const struct check *c, enum repair_level level);
