@@ -39,6 +39,7 @@ layer_reset (struct layer *l)
   bdev_unref (l->source);
   check_free (l->before);
   check_free (l->after);
+  lost_reset (&l->lost);
   free (l->path);
   memset (l, 0, sizeof *l);
 }
@@ -118,17 +119,34 @@ layer_lay_memory (struct layer *l, struct err *err)
   return r;
 }
 
+/* What the guest can see first, then the refcounts that follow from it. */
+static int
+heal_and_check (struct layer *l, enum repair_level level, const struct check_options *copts,
+                struct err *err)
+{
+  struct check *now = l->before;
+  int r = 0;
+
+  if (level >= REPAIR_ALL)
+    r = heal_all (l->healed, &now, copts, &l->result, &l->lost, err);
+  if (r == 0)
+    r = heal_run (l->healed, now, level, copts->progress, &l->result, err);
+  if (now != l->before)
+    check_free (now);
+  if (r == 0)
+    r = check_run (l->healed, copts, &l->after, err);
+  if (r == 0)
+    r = heal_finish (l->healed, l->after, &l->result, err);
+  return r;
+}
+
 int
 layer_heal (struct layer *l, enum repair_level level, struct progress *progress,
             struct err *err)
 {
   struct check_options copts = { .progress = progress };
-  int r = heal_run (l->healed, l->before, level, progress, &l->result, err);
+  int r = heal_and_check (l, level, &copts, err);
 
-  if (r == 0)
-    r = check_run (l->healed, &copts, &l->after, err);
-  if (r == 0)
-    r = heal_finish (l->healed, l->after, &l->result, err);
   if (r < 0)
     err_prefix (err, "%s: healing failed", l->path);
   return r;

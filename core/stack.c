@@ -54,10 +54,9 @@ judge (struct stack *s, struct err *err)
     return err_set (err, EINVAL, "%s: the damage is too great for this version: the mapping of "
                     "the guest disk cannot be read (see the findings).  Nothing was changed",
                     s->top.path);
-  if (findings_has (&c->findings, FINDING_L1_TOO_SMALL))
+  if (findings_has (&c->findings, FINDING_L1_TOO_SMALL) && s->repair < REPAIR_ALL)
     return err_set (err, EINVAL, "%s: the L1 table is too small for the disk that the header "
-                    "describes, and this version cannot tell which of them is right.  Nothing was "
-                    "changed", s->top.path);
+                    "describes; repair=all mends this.  Nothing was changed", s->top.path);
   if (c->header.crypt_method != CRYPT_NONE
       && asprintf (&s->why_no_guest, "the guest disk is encrypted (%s), and this program has no key; "
                    "the image itself can be fetched as the export healed.qcow2",

@@ -15,7 +15,12 @@ struct heal {
   uint8_t *buf;                 /* one cluster of scratch */
   /* Clusters of d that are whole and inside it. */
   uint64_t file_clusters;
+  uint64_t place_from;          /* heal_place: no single free cluster lies before it */
 };
+
+/* buf: a cluster of scratch; res is added to. */
+void heal_init (struct heal *h, struct bdev *d, struct check *c, struct progress *progress,
+                struct heal_result *res, uint8_t *buf);
 
 /* heal-refcounts.c */
 

@@ -37,7 +37,8 @@ any_at_level (const struct check *c, enum repair_level level, enum severity at_l
 bool
 heal_needed (const struct check *c, enum repair_level level)
 {
-  return level > REPAIR_OFF && any_at_level (c, level, SEV_LEAK);
+  return (level > REPAIR_OFF && any_at_level (c, level, SEV_LEAK))
+         || (level >= REPAIR_ALL && heal_all_needed (c));
 }
 
 static int
@@ -128,23 +129,30 @@ run_stages (struct heal *h, struct err *err)
   return r;
 }
 
-int
-heal_run (struct bdev *d, struct check *c, enum repair_level level,
-          struct progress *progress, struct heal_result *res, struct err *err)
+void
+heal_init (struct heal *h, struct bdev *d, struct check *c, struct progress *progress,
+           struct heal_result *res, uint8_t *buf)
 {
-  CLEANUP_FREE uint8_t *buf = malloc (c->geom.cluster_size);
-  struct heal h = {
+  *h = (struct heal) {
     .d = d, .c = c, .g = c->geom, .progress = progress, .res = res, .buf = buf,
     /* A growable file's last cluster may be cut short; it is a whole one once written. */
     .file_clusters = d->can_grow ? DIV_ROUND_UP (bdev_size (d), c->geom.cluster_size)
                                  : bdev_size (d) / c->geom.cluster_size,
   };
+}
 
-  memset (res, 0, sizeof *res);
+int
+heal_run (struct bdev *d, struct check *c, enum repair_level level,
+          struct progress *progress, struct heal_result *res, struct err *err)
+{
+  CLEANUP_FREE uint8_t *buf = malloc (c->geom.cluster_size);
+  struct heal h;
+
   if (level < REPAIR_REFCOUNTS || !heal_needed (c, level))
     return 0;
   if (!buf)
     return err_set (err, ENOMEM, "out of memory");
+  heal_init (&h, d, c, progress, res, buf);
   return run_stages (&h, err);
 }
 

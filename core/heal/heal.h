@@ -34,7 +34,7 @@ struct heal_result {
  * Stages with a flush between each (I2, I3, I5); stopped anywhere, the next
  * check and heal finish the job (I6).  Nothing is written if the plan fails:
  * -ENOSPC says how many clusters are missing.  Does not touch the dirty and
- * corrupt bits: see heal_finish.  c->owners is brought up to date with what is
+ * corrupt bits: see heal_finish.  res is added to.  c->owners is brought up to date with what is
  * placed, so c describes the damaged image no longer where that matters.
  *
  * Clusters of old refcount structures may be overwritten before the new ones

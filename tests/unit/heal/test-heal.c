@@ -106,6 +106,7 @@ heal (struct bdev *d, struct heal_result *res, struct err *err)
   struct check *before = NULL, *after = NULL;
   int r = check_run (d, &opts, &before, err);
 
+  memset (res, 0, sizeof *res);
   if (r == 0)
     r = heal_run (d, before, REPAIR_REFCOUNTS, NULL, res, err);
   if (r == 0)
