@@ -369,7 +369,7 @@ static int
 check_source (struct stack *s, struct progress *progress, struct err *err)
 {
   struct layer *l = &s->top;
-  struct check_options copts = { .progress = progress };
+  struct check_options copts = layer_check_options (l, progress);
   struct check *now;
   int r = check_run (l->source, &copts, &now, err);
 

@@ -44,11 +44,24 @@ layer_reset (struct layer *l)
   memset (l, 0, sizeof *l);
 }
 
+struct check_options
+layer_check_options (const struct layer *l, struct progress *progress)
+{
+  return (struct check_options) {
+    .progress = progress, .keep_orphans = l->keep_orphans,
+    /* Once the repair has begun, orphans may not look like any more than leaks. */
+    .keep_leaks = l->keep_orphans && l->before && orphan_findings (l->before),
+  };
+}
+
 int
 layer_check (struct layer *l, bool deep, struct progress *progress, struct err *err)
 {
-  struct check_options copts = { .progress = progress, .deep = deep };
-  int r = check_run (l->healed, &copts, &l->before, err);
+  struct check_options copts = layer_check_options (l, progress);
+  int r;
+
+  copts.deep = deep;
+  r = check_run (l->healed, &copts, &l->before, err);
 
   if (r < 0)
     err_prefix (err, "%s", l->path);
@@ -144,7 +157,7 @@ int
 layer_heal (struct layer *l, enum repair_level level, struct progress *progress,
             struct err *err)
 {
-  struct check_options copts = { .progress = progress };
+  struct check_options copts = layer_check_options (l, progress);
   int r = heal_and_check (l, level, &copts, err);
 
   if (r < 0)

@@ -14,6 +14,7 @@
 struct layer {
   char *path;                   /* as opened */
   bool raw;                     /* the file is the disk, nothing to check */
+  bool keep_orphans;            /* repaired in place: what may be lost data is not freed */
   struct bdev *source;          /* the file, opened read-only and locked */
   struct bdev *healed;          /* its bytes as an overlay changes them, or source again */
   bool journal;                 /* the overlay is a journal that only we make (overlay.h: direct) */
@@ -30,6 +31,9 @@ void layer_reset (struct layer *l);
 
 /* Check l->healed into l->before. */
 int layer_check (struct layer *l, bool deep, struct progress *progress, struct err *err);
+
+/* The options that every check of l's bytes is made with. */
+struct check_options layer_check_options (const struct layer *l, struct progress *progress);
 
 /* What the last check says. */
 static inline const struct check *

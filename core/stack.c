@@ -249,6 +249,7 @@ build (struct stack *s, const struct stack_options *opts, struct err *err)
   bool created;
   int r = layer_open (&s->top, opts->file, opts->force_share, err);
 
+  s->top.keep_orphans = opts->inplace && !opts->discard_orphans;
   if (r == 0)
     r = inplace_begin (s, opts->progress, err);
   if (r < 0)

@@ -20,6 +20,7 @@ struct stack_options {
   const char *file;             /* path of the image */
   const char *overlay;          /* path, or NULL */
   bool inplace;                 /* write repairs, and the overlay, into the image */
+  bool discard_orphans;         /* in place: free also what may be lost data */
   enum repair_level repair;
   enum stack_check check;
   struct follow_policy backing;

@@ -34,12 +34,13 @@ struct config config = {
 };
 
 enum {
-  P_FILE, P_REPAIR, P_OVERLAY, P_INPLACE, P_SNAPSHOT, P_BACKING, P_DATA_FILE, P_REPORT, P_CHECK,
-  P_CACHE_SIZE, P_FORCE_SHARE, NR_PARAMS
+  P_FILE, P_REPAIR, P_OVERLAY, P_INPLACE, P_DISCARD_ORPHANS, P_SNAPSHOT, P_BACKING, P_DATA_FILE,
+  P_REPORT, P_CHECK, P_CACHE_SIZE, P_FORCE_SHARE, NR_PARAMS
 };
 
 static int parse_repair (const char *value);
 static int parse_inplace (const char *value);
+static int parse_discard_orphans (const char *value);
 static int parse_snapshot (const char *value);
 static int parse_backing (const char *value);
 static int parse_data_file (const char *value);
@@ -56,6 +57,7 @@ static struct param {
   [P_REPAIR]      = { "repair", parse_repair },
   [P_OVERLAY]     = { "overlay" },
   [P_INPLACE]     = { "inplace", parse_inplace },
+  [P_DISCARD_ORPHANS] = { "discard-orphans", parse_discard_orphans },
   [P_SNAPSHOT]    = { "snapshot", parse_snapshot },
   [P_BACKING]     = { "backing", parse_backing },
   [P_DATA_FILE]   = { "data-file", parse_data_file },
@@ -81,6 +83,7 @@ const char config_help[] =
   "                           IMAGE; made if missing, used again if there\n"
   "inplace=true|false         write repairs into IMAGE itself, by way of a journal, and an\n"
   "                           overlay that is there, too\n"
+  "discard-orphans=true|false let inplace=true free what may be lost data (default false)\n"
   "repair=off|refcounts|all   what may be mended (default refcounts)\n"
   "snapshot=NAME-OR-ID        serve this internal snapshot as the guest disk, read-only\n"
   "backing=refuse|follow|none|[raw:|qcow2:]FILE\n"
@@ -177,6 +180,12 @@ static int
 parse_inplace (const char *value)
 {
   return parse_bool (P_INPLACE, value, &config.stack.inplace);
+}
+
+static int
+parse_discard_orphans (const char *value)
+{
+  return parse_bool (P_DISCARD_ORPHANS, value, &config.stack.discard_orphans);
 }
 
 static int
@@ -415,6 +424,9 @@ refuse_contradictions (void)
                    "else may be writing, it was checked, and its active disk is what is served; "
                    "leave out one of them", o->force_share ? "force-share=true"
                    : o->check == STACK_CHECK_NO ? "check=false" : "snapshot=");
+  if (o->discard_orphans && !o->inplace)
+    return refuse ("discard-orphans=true is about the image itself, which only inplace=true writes to; "
+                   "add that, or leave it out");
   if (wants_overlay && has_suffix (params[P_OVERLAY].value, INPLACE_SUFFIX))
     return refuse ("overlay=%s: names that end so are those of journals (see inplace=); choose "
                    "another", params[P_OVERLAY].value);

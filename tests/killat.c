@@ -3,11 +3,15 @@
  *
  *   KILL_AT=N      count from 1; unset or 0: never
  *   KILL_MARK=FILE made when it happens, so that the end of a sweep is known
+ *   KILL_ERRNO=E   do not end it: let that attempt fail with error number E, and all
+ *                  that follow, as on a disk that is full or gone; but names can
+ *                  be removed still
  *
  * Counted are the library calls that this program changes files by.  A child
  * goes on counting where its parent was at the fork.
  */
 #include <dlfcn.h>
+#include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -20,21 +24,28 @@
 
 static atomic_uint calls;
 
-static void
+/* Must the attempt fail? */
+static int
 count (void)
 {
-  const char *at = getenv ("KILL_AT"), *mark = getenv ("KILL_MARK");
+  const char *at = getenv ("KILL_AT"), *mark = getenv ("KILL_MARK"), *error = getenv ("KILL_ERRNO");
+  unsigned long n = at ? strtoul (at, NULL, 10) : 0, now = atomic_fetch_add (&calls, 1) + 1;
 
-  if (!at || !mark || atomic_fetch_add (&calls, 1) + 1 != strtoul (at, NULL, 10))
-    return;
+  if (!mark || n == 0 || now < n || (now > n && !error))
+    return 0;
   syscall (SYS_close, syscall (SYS_openat, AT_FDCWD, mark, O_CREAT | O_WRONLY, 0600));
-  syscall (SYS_kill, syscall (SYS_getpid), SIGKILL);
+  if (!error)
+    syscall (SYS_kill, syscall (SYS_getpid), SIGKILL);
+  errno = error ? atoi (error) : 0;
+  return 1;
 }
 
 #define NEXT(name) ((__typeof__ (&name)) dlsym (RTLD_NEXT, #name))
 
 /* result name (parameters), passed on as arguments. */
 #define COUNTED(result, name, parameters, arguments)    \
+  result name parameters { return count () ? -1 : NEXT (name) arguments; }
+#define COUNTED_REMOVAL(result, name, parameters, arguments)    \
   result name parameters { count (); return NEXT (name) arguments; }
 
 COUNTED (ssize_t, pwrite, (int fd, const void *b, size_t n, off_t o), (fd, b, n, o))
@@ -47,10 +58,12 @@ COUNTED (int, fallocate, (int fd, int m, off_t o, off_t n), (fd, m, o, n))
 COUNTED (int, fallocate64, (int fd, int m, off64_t o, off64_t n), (fd, m, o, n))
 COUNTED (int, rename, (const char *a, const char *b), (a, b))
 COUNTED (int, renameat2, (int d, const char *a, int e, const char *b, unsigned f), (d, a, e, b, f))
-COUNTED (int, unlink, (const char *a), (a))
+COUNTED_REMOVAL (int, unlink, (const char *a), (a))
 COUNTED (int, link, (const char *a, const char *b), (a, b))
 COUNTED (int, symlink, (const char *a, const char *b), (a, b))
+COUNTED (int, linkat, (int d, const char *a, int e, const char *b, int f), (d, a, e, b, f))
 COUNTED (int, chmod, (const char *a, mode_t m), (a, m))
+COUNTED (int, fchmod, (int fd, mode_t m), (fd, m))
 COUNTED (int, mkdir, (const char *a, mode_t m), (a, m))
 
 #define COUNTED_OPEN(name)                              \
@@ -62,8 +75,8 @@ COUNTED (int, mkdir, (const char *a, mode_t m), (a, m))
     va_start (args, flags);                             \
     mode = flags & O_CREAT ? va_arg (args, mode_t) : 0; \
     va_end (args);                                      \
-    if (flags & (O_CREAT | O_TRUNC))                    \
-      count ();                                         \
+    if (flags & (O_CREAT | O_TRUNC) && count ())        \
+      return -1;                                        \
     return NEXT (name) (path, flags, mode);             \
   }
 

@@ -513,3 +513,17 @@ killed_at ()
       nbdkit -U - "$PLUGIN" "$@" --run 'unset LD_PRELOAD KILL_AT; true' >killed.log 2>&1; } 2>/dev/null
   [ -e killed ]
 }
+
+# fails_from N ERRNO ARG...: likewise, but its changes fail from the Nth on.  The exit
+# code of the server is in failed_exit, its messages in err.log.
+fails_from ()
+{
+  local n=$1 errno=$2
+  shift 2
+
+  rm -f killed
+  LD_PRELOAD=$tmp/killat.so KILL_AT=$n KILL_ERRNO=$errno KILL_MARK=$tmp/killed timeout -k 5 60 \
+    nbdkit -U - "$PLUGIN" "$@" --run 'unset LD_PRELOAD KILL_AT; true' >out.log 2>err.log
+  failed_exit=$?
+  [ -e killed ]
+}

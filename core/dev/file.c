@@ -467,6 +467,45 @@ file_create (const char *path, struct bdev **ret, struct err *err)
 }
 
 int
+file_create_unnamed (const char *path, struct bdev **ret, struct err *err)
+{
+  CLEANUP_FREE char *copy = strdup (path);
+  int fd;
+
+  if (copy == NULL)
+    return err_set (err, ENOMEM, "out of memory");
+  fd = open (dirname (copy), O_TMPFILE | O_RDWR | O_CLOEXEC, 0644);
+  if (fd < 0)
+    return err_set (err, is_unsupported (errno) || errno == EISDIR ? ENOTSUP : errno,
+                    "cannot create %s: %s", path, strerror (errno));
+  return device_new (fd, path, FILE_WRITE, ret, err);
+}
+
+int
+file_publish (struct bdev *d, const char *path, struct err *err)
+{
+  struct file *f = (struct file *) d;
+  char self[64];
+
+  snprintf (self, sizeof self, "/proc/self/fd/%d", f->fd);
+  if (linkat (AT_FDCWD, self, AT_FDCWD, path, AT_SYMLINK_FOLLOW) < 0)
+    return err_set (err, errno, "cannot create %s: %s", path, strerror (errno));
+  return file_sync_folder (path, err);
+}
+
+int
+file_copy_mode (struct bdev *d, const char *path, struct err *err)
+{
+  struct file *f = (struct file *) d;
+  struct stat like, st;
+
+  if (stat (path, &like) < 0 || fstat (f->fd, &st) < 0
+      || fchmod (f->fd, st.st_mode & (like.st_mode | S_IRUSR | S_IWUSR) & 0777) < 0)
+    return err_set (err, errno, "%s: cannot set the permissions: %s", d->name, strerror (errno));
+  return 0;
+}
+
+int
 file_sync_folder (const char *path, struct err *err)
 {
   CLEANUP_FREE char *copy = strdup (path);

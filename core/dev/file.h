@@ -26,6 +26,16 @@ int file_open (const char *path, unsigned flags, struct bdev **ret, struct err *
  */
 int file_create (const char *path, struct bdev **ret, struct err *err);
 
+/* The same without a name, in the folder of path, until file_publish gives it that
+ * one, durably (-EEXIST if it is taken); gone if it is closed before.  -ENOTSUP where
+ * the file system has no such files.
+ */
+int file_create_unnamed (const char *path, struct bdev **ret, struct err *err);
+int file_publish (struct bdev *d, const char *path, struct err *err);
+
+/* Take from d all permissions of others that the file at path does not give them. */
+int file_copy_mode (struct bdev *d, const char *path, struct err *err);
+
 /* Make durable that path exists, or that it does not any more.  0 also on file
  * systems that cannot sync a directory.
  */

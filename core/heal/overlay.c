@@ -18,7 +18,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include "base/cleanup.h"
@@ -87,32 +86,30 @@ create_on (struct bdev *file, struct bdev *source, const struct overlay_options 
 static int
 publish (const char *tmp, const char *path, struct err *err)
 {
-  CLEANUP_FREE char *copy = strdup (path);
-  int fd;
-
   if (renameat2 (AT_FDCWD, tmp, AT_FDCWD, path, RENAME_NOREPLACE) < 0
       && (errno != EINVAL || link (tmp, path) < 0 || unlink (tmp) < 0))
     return err_set (err, errno, "%s: cannot create the overlay: %m", path);
-  fd = copy ? open (dirname (copy), O_RDONLY | O_DIRECTORY | O_CLOEXEC) : -1;
-  if (fd >= 0) {
-    fsync (fd);         /* best effort: not every file system can sync a directory */
-    close (fd);
-  }
-  return 0;
+  return file_sync_folder (path, err);
 }
 
-/* The overlay is to hold the guest's data: who may not read the image may not
- * read that either.
+/* The overlay is made without a name where the file system can do that, so that
+ * nothing has to be tidied up after whoever was killed here; else under another.
  */
 static int
-copy_mode (const char *tmp, const char *source_path, struct err *err)
+create_nameless (const char *path, struct bdev **file, char **tmp, struct err *err)
 {
-  struct stat source, st;
+  struct err why = { 0 };
+  int r = file_create_unnamed (path, file, &why);
 
-  if (stat (source_path, &source) < 0 || stat (tmp, &st) < 0
-      || chmod (tmp, st.st_mode & (source.st_mode | S_IRUSR | S_IWUSR) & 0777) < 0)
-    return err_set (err, errno, "%s: cannot set the permissions: %m", tmp);
-  return 0;
+  if (r == 0)
+    return 0;
+  if (r != -ENOTSUP)
+    return err_set (err, -r, "%s", why.msg);
+  if (asprintf (tmp, "%s.%ld.new", path, (long) getpid ()) < 0) {
+    *tmp = NULL;
+    return err_set (err, ENOMEM, "out of memory");
+  }
+  return file_create (*tmp, file, err);
 }
 
 static int
@@ -126,23 +123,18 @@ create_file (const char *path, struct bdev *source, const struct overlay_options
 
   if (!name)
     return err_set (err, errno ? errno : ENOMEM, "%s: cannot create the overlay: %m", path);
-  if (opts->direct)
-    tmp = strdup (path);
-  else if (asprintf (&tmp, "%s.%ld.new", path, (long) getpid ()) < 0)
-    tmp = NULL;
-  if (!tmp)
-    return err_set (err, ENOMEM, "out of memory");
-  r = file_create (tmp, &file, err);
+  r = opts->direct ? file_create (path, &file, err) : create_nameless (path, &file, &tmp, err);
   if (r < 0)
     return r;
-  r = copy_mode (tmp, opts->source_path, err);
+  /* It is to hold the guest's data: who may not read the image may not read that either. */
+  r = file_copy_mode (file, opts->source_path, err);
   if (r == 0)
     r = create_on (file, source, opts, name, err);
-  bdev_unref (file);
   if (r == 0 && !opts->direct)
-    r = publish (tmp, path, err);
-  if (r < 0)
-    unlink (tmp);
+    r = tmp ? publish (tmp, path, err) : file_publish (file, path, err);
+  bdev_unref (file);
+  if (r < 0 && (opts->direct || tmp))
+    unlink (opts->direct ? path : tmp);
   return r;
 }
 

@@ -26,7 +26,7 @@ refused ()
 dump=$("${nbdkit_env[@]}" nbdkit "$PLUGIN" --dump-plugin)
 keys=$(sed -n 's/^qcow2repair_parameters=//p' <<<"$dump" | tr , ' ')
 is "--dump-plugin lists the parameters" "$keys" \
-  "file repair overlay inplace snapshot backing data-file report check cache-size force-share"
+  "file repair overlay inplace discard-orphans snapshot backing data-file report check cache-size force-share"
 ok "--dump-plugin tells the levels" eval 'grep -qx "qcow2repair_repair=off,refcounts,all" <<<"$dump"'
 
 refused "no image" 'which image'
@@ -61,6 +61,7 @@ refused "inplace=perhaps" 'inplace=perhaps is not known' a.qcow2 inplace=perhaps
 for other in force-share=true check=false snapshot=x; do
   refused "inplace and $other" "inplace=true and ${other%%=x}.* exclude" a.qcow2 inplace=true $other
 done
+refused "discard-orphans without inplace" 'discard-orphans=true.*inplace=true' a.qcow2 discard-orphans=true
 refused "an overlay with a journal's name" 'those of journals' a.qcow2 overlay=x.qcow2repair-journal
 refused "check=false and overlay" 'check=false and overlay= exclude' a.qcow2 check=false overlay=o
 refused "check=false and a repair" 'check=false and repair=all exclude' a.qcow2 check=false repair=all

@@ -1,0 +1,136 @@
+#!/bin/bash
+# inplace=true: whatever state its last run left an image in, it is made sound, in
+# the image itself, and served read-write; or it is refused and nothing was changed.
+. "$(dirname "$0")/../lib.sh"
+require_killat
+
+journal=a.qcow2.qcow2repair-journal
+
+nothing_left ()
+{
+  left=$(ls -A | grep -E 'journal|overlay')
+  [ -z "$left" ] || { echo "left behind: $left"; return 1; }
+}
+
+# in_place NAME WANT ARG...: a.qcow2 is healed, written to and clean.
+in_place ()
+{
+  local name=$1 want=$2
+  shift 2
+
+  ok "$name: served" serve a.qcow2 inplace=true report=report.json "$@" \
+    --run 'nbdcopy "$uri" out.raw && qemu-io -f raw -c "write -P 5 0 64k" "$uri"'
+  ok "$name: guest bytes" cmp out.raw "$want"
+  is "$name: read-write" "$(jq -r .served report.json)" read-write
+  ok "$name: nothing is left beside it" nothing_left
+  ok "$name: QEMU finds it clean" img_check_clean -f qcow2 a.qcow2
+  ok "$name: the guest's write is in it" io a.qcow2 'read -P 5 0 64k'
+}
+
+# refused NAME REGEX ARG...: not served, a.qcow2 not changed.
+refused ()
+{
+  local name=$1 regex=$2 before
+  shift 2
+
+  before=$(sha256 a.qcow2)
+  SERVE_TIMEOUT=20 ok "$name: refused" not serve a.qcow2 "$@"
+  matches "$name: says why" err.log "$regex"
+  is "$name: the image is as it was" "$(sha256 a.qcow2)" "$before"
+}
+
+make_image base.qcow2 8M -o cluster_size=16k
+age_image base.qcow2 8192 "$SEED" 40
+guest_raw base.qcow2 base.raw
+
+cp base.qcow2 a.qcow2
+in_place "sound" base.raw
+is "sound: nothing was committed" "$(jq -r .committed report.json)" null
+cp base.qcow2 a.qcow2
+in_place "sound, an overlay is named" base.raw overlay=my.overlay
+
+cp base.qcow2 a.qcow2
+patch a.qcow2 rt-zero
+in_place "table lost" base.raw
+ok "table lost: what was written is told" jq -e '.committed | ."bytes-written" > 0 and (.resumed | not)' report.json
+matches "table lost: in words" err.log 'in place; the repair was written to the image'
+cp base.qcow2 a.qcow2
+patch a.qcow2 all-refcounts 0
+in_place "an overlay is named" base.raw overlay=my.overlay
+
+# A writer with lazy refcounts that was killed.
+make_image a.qcow2 8M -o lazy_refcounts=on
+{ qemu-io -f qcow2 -c 'write -P 1 0 1M' -c 'write -P 2 5M 2M' -c abort a.qcow2 >/dev/null; } 2>/dev/null
+is "dirty: QEMU left the bit" "$(patch a.qcow2 get incompatible_features)" 1
+serve a.qcow2 --run 'nbdcopy "$uri" lazy.raw'
+in_place "dirty" lazy.raw
+
+# What cannot be made sound is not touched.
+cp base.qcow2 a.qcow2
+patch a.qcow2 rt-zero
+refused "repair=off" 'damage remains.*nothing was written' inplace=true repair=off
+ok "repair=off: nothing is left" nothing_left
+ok "QEMU has it open for writing" qemu_serves base.qcow2
+before=$(sha256 base.qcow2)
+SERVE_TIMEOUT=20 ok "in use: refused" not serve base.qcow2 inplace=true
+qemu_stops
+ok "QEMU has it open for reading" qemu_serves base.qcow2 -r
+SERVE_TIMEOUT=20 ok "read elsewhere: refused" not serve base.qcow2 inplace=true
+matches "read elsewhere: says why" err.log 'in use'
+qemu_stops
+is "in use: as it was" "$(sha256 base.qcow2)" "$before"
+ok "in use: nothing is left" nothing_left
+
+# Cut off in the midst of the copy: half_way ARG... leaves a.qcow2 so.
+half_way ()
+{
+  local n=0
+
+  while n=$((n + 1)); rm -f a.qcow2* my.overlay; cp base.qcow2 a.qcow2; patch a.qcow2 rt-zero
+    killed_at $n a.qcow2 inplace=true "$@"; do
+    serve a.qcow2 >/dev/null 2>&1 || return 0
+  done
+  return 1
+}
+ok "cut off: the journal is there" eval 'half_way && test -e $journal'
+for arg in repair=refcounts check=false force-share=true overlay=other.overlay; do
+  refused "cut off, $arg" 'inplace=true' $arg
+done
+rm -f other.overlay
+cp a.qcow2 half.qcow2
+patch a.qcow2 write 300000 5a5a
+refused "changed since" 'changed since' inplace=true
+cp base.qcow2 a.qcow2
+truncate -s +64k a.qcow2
+refused "longer since" 'changed since' inplace=true
+cp half.qcow2 a.qcow2
+in_place "cut off" base.raw
+ok "cut off: said so" jq -e .committed.resumed report.json
+
+ok "cut off, an overlay is named" half_way overlay=my.overlay
+mv my.overlay elsewhere
+refused "its overlay is gone, not told" 'elsewhere|my.overlay.*not there'
+refused "its overlay is gone" 'my.overlay.*not there' inplace=true
+mv elsewhere my.overlay
+refused "its overlay is used as one" 'inplace=true' overlay=my.overlay
+in_place "told nothing of its overlay" base.raw
+
+# What is no journal.
+cp base.qcow2 a.qcow2
+patch a.qcow2 rt-zero
+echo "letters to my mother" >$journal
+refused "a file of that name" 'no overlay of this program' inplace=true
+is "a file of that name: is left alone" "$(cat $journal)" "letters to my mother"
+rm $journal
+
+# Orphans are evidence.
+cp base.qcow2 a.qcow2
+orphans=$(patch a.qcow2 used | wc -l)
+patch a.qcow2 l1 0 0
+ok "orphans: served in place" serve a.qcow2 inplace=true report=report.json
+leaks=$(qemu-img check --output=json a.qcow2 2>/dev/null | jq .leaks)
+ok "orphans: kept ($leaks of $orphans clusters)" test "$leaks" -gt 100
+ok "orphans: freed when told so" serve a.qcow2 inplace=true discard-orphans=true
+ok "orphans: then it is clean" img_check_clean -f qcow2 a.qcow2
+
+done_testing
