@@ -223,6 +223,17 @@ reserved_believed (const struct checker *k, const struct l2_doubt *d)
   return refs - (none ? none->weight : 0) <= t->weight;
 }
 
+static bool
+names_metadata (const struct checker *k, const struct l2_doubt *d)
+{
+  struct owner o;
+
+  for (uint64_t i = 0; i < d->n; ++i)
+    if (ownermap_get (k->meta, d->ci + i) > 0 && owner_at (k, d->ci + i, NULL, &o))
+      return true;
+  return false;
+}
+
 static int
 compare_doubts (const void *pa, const void *pb)
 {
@@ -250,7 +261,7 @@ settle_l2_doubts (struct checker *k, struct err *err)
       continue;
     if (d->why == FINDING_L2_ENTRY_OVERLAP)
       r = settle_overlap (k, &b, d, err);
-    else
+    else if (!names_metadata (k, d))    /* or it has its run as such */
       r = bad_add (k, (struct bad_run) {
           .table_host_off = t->host_off, .index = d->index, .count = d->count,
           .snapshot_index = FINDING_ACTIVE, .why = d->why,

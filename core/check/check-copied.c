@@ -11,8 +11,12 @@
  * finds who uses them.
  * Tables that one L1 table names twice are T05 and count once here.
  *
- * Deliberately not here: tables of snapshots, whose flags mean nothing until a
- * snapshot is loaded.
+ * If there are snapshots, their tables are read with those of the active disk, for
+ * host clusters that are named at two different guest offsets (S07): a program that
+ * does not know snapshots took their clusters for free.
+ *
+ * Deliberately not here: the flags in tables of snapshots, which mean nothing until
+ * a snapshot is loaded.
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -23,19 +27,27 @@
 #include "check/check-int.h"
 
 #define LOW_BITS  UINT64_C (0x5555555555555555)
-/* LIMIT: no more than this many guest clusters are told in T15. */
+/* LIMIT: no more than this many guest clusters are told in T15, and in S07. */
 #define MAX_USERS (UINT64_C (1) << 20)
 
 /* A guest cluster on a host cluster that has another one. */
 struct user {
   uint64_t host_ci, guest_ci;
+  int32_t snapshot_index;       /* of the table: FINDING_ACTIVE if the active disk has it, too */
 };
 DEFINE_VEC (user_vec, struct user);
 
 struct copied {
   struct checker *k;
-  const uint32_t *table;        /* the tables of the active disk: numbers in k->l2 */
+  const uint32_t *table;        /* the tables that are read: numbers in k->l2 */
   struct ownermap *active;      /* references to shared clusters by the active disk */
+  /* With snapshots: the low bits of 1 + the guest cluster that was first seen on each
+   * host cluster (LIMIT: NULL if memory does not allow it), and those on which another was.
+   */
+  _Atomic uint32_t *first;
+  struct ownermap *reused;
+  const struct ownermap *collect;       /* active or reused: users of such clusters are listed */
+  unsigned least;               /* from this many claims there on */
   pthread_mutex_t lock;
   struct user_vec users;        /* protected by lock */
 };
@@ -139,6 +151,48 @@ word_mask (uint64_t base, uint64_t ci, uint64_t stop)
   return stop < base + 32 ? mask & ((UINT64_C (1) << 2 * (stop - base)) - 1) : mask;
 }
 
+/* Cluster ci is shared: by the same guest cluster of the disk and its snapshots? */
+static int
+note_guest (struct flag_walk *w, uint64_t ci, uint64_t guest_ci)
+{
+  uint32_t mine = (uint32_t) guest_ci == UINT32_MAX ? 1 : guest_ci + 1, seen = 0;
+
+  if (atomic_compare_exchange_strong (&w->cp->first[ci], &seen, mine) || seen == mine)
+    return 0;
+  return ownermap_claim (w->cp->reused, ci, 1, 1, NULL, w->err);
+}
+
+/* The clusters in mask of the word at base are shared; ci is named by entry i. */
+static int
+note_guests (struct flag_walk *w, uint64_t base, uint64_t mask, uint64_t i, uint64_t ci)
+{
+  int r = 0;
+
+  for (; w->cp->first && mask && r == 0; mask &= mask - 1) {
+    uint64_t at = base + __builtin_ctzll (mask) / 2;
+
+    r = note_guest (w, at, guest_cluster (w, i + (at - ci)));
+  }
+  return r;
+}
+
+/* The same for a table of snapshots only, whose flags do not matter. */
+static int
+note_run (struct flag_walk *w, uint64_t i, uint64_t n, uint64_t ci, uint64_t raw)
+{
+  uint64_t end = ci + n, first_ci = ci, stop;
+  int r = 0;
+
+  for (; ci < end && r == 0; ci = stop) {
+    uint64_t base = ROUND_DOWN (ci, 32), shared;
+
+    stop = MIN (base + 32, end);
+    single (w->cp->k->c, base, &shared);
+    r = note_guests (w, base, shared & word_mask (base, ci, stop), i, first_ci);
+  }
+  return r;
+}
+
 /* Entries [i, i+n) have the flags of raw and name the clusters [ci, ci+n). */
 static int
 check_flags (struct flag_walk *w, uint64_t i, uint64_t n, uint64_t ci, uint64_t raw)
@@ -162,6 +216,8 @@ check_flags (struct flag_walk *w, uint64_t i, uint64_t n, uint64_t ci, uint64_t 
     }
     if (r == 0)
       r = count_active (w, base, shared & mask);
+    if (r == 0)
+      r = note_guests (w, base, shared & mask, i, first_ci);
   }
   return r;
 }
@@ -228,7 +284,10 @@ flags_of_table (struct checker *k, void *opaque, size_t n, const uint8_t *buf, i
   if (r < 0)
     return 0;                   /* T06 was said when it was read for its data */
   walk_init (&w, k, opaque, n, err);
-  r = k->g->data_file ? check_data_file_flags (&w, buf) : for_each_run (&w, buf, check_flags);
+  if (!w.t->active_weight)
+    r = for_each_run (&w, buf, note_run);
+  else
+    r = k->g->data_file ? check_data_file_flags (&w, buf) : for_each_run (&w, buf, check_flags);
   if (r == 0 && finding_batch_flush (&w.batch) < 0)
     r = err_set (err, ENOMEM, "out of memory");
   return r;
@@ -243,13 +302,14 @@ collect_users (struct flag_walk *w, uint64_t i, uint64_t n, uint64_t ci, uint64_
   uint64_t end = ci + n, first_ci = ci, stop;
 
   for (; ci < end; ci = stop) {
-    uint64_t base = ROUND_DOWN (ci, 32), twice;
+    uint64_t base = ROUND_DOWN (ci, 32), word = ownermap_word (cp->collect, base), those;
 
     stop = MIN (base + 32, end);
-    twice = ownermap_word (cp->active, base) >> 1 & word_mask (base, ci, stop);
-    for (; twice; twice &= twice - 1) {
-      uint64_t at = base + __builtin_ctzll (twice) / 2;
-      struct user u = { at, guest_cluster (w, i + (at - first_ci)) };
+    those = (cp->least > 1 ? word >> 1 : word | word >> 1) & word_mask (base, ci, stop);
+    for (; those; those &= those - 1) {
+      uint64_t at = base + __builtin_ctzll (those) / 2;
+      struct user u = { at, guest_cluster (w, i + (at - first_ci)),
+                        w->t->active_weight ? FINDING_ACTIVE : w->t->snapshot_index };
 
       LOCK_SCOPE (&cp->lock);
       if (cp->users.len < MAX_USERS && user_vec_push (&cp->users, u) < 0)
@@ -268,6 +328,8 @@ users_of_table (struct checker *k, void *opaque, size_t n, const uint8_t *buf, i
   if (r < 0)
     return 0;
   walk_init (&w, k, opaque, n, err);
+  if (!w.t->active_weight && w.cp->collect == w.cp->active)
+    return 0;
   return for_each_run (&w, buf, collect_users);
 }
 
@@ -278,12 +340,16 @@ compare_users (const void *pa, const void *pb)
 
   if (a->host_ci != b->host_ci)
     return a->host_ci < b->host_ci ? -1 : 1;
+  if (a->snapshot_index != b->snapshot_index)
+    return a->snapshot_index < b->snapshot_index ? -1 : 1;
   return a->guest_ci < b->guest_ci ? -1 : a->guest_ci > b->guest_ci;
 }
 
-/* Each user of a cluster but the first is a finding that names the first. */
+/* Each user of a cluster but the first is a finding that names the first; of
+ * reused ones those of snapshots at another guest offset.
+ */
 static int
-report_users (struct copied *cp, struct err *err)
+report_users (struct copied *cp, enum finding_id id, struct err *err)
 {
   unsigned bits = cp->k->g->cluster_bits;
   const struct user *first = NULL, *u = cp->users.ptr;
@@ -296,8 +362,11 @@ report_users (struct copied *cp, struct err *err)
       first = u;
       continue;
     }
+    if (id == FINDING_SNAPSHOT_CLUSTER_REUSED &&
+        (u->snapshot_index == FINDING_ACTIVE || u->guest_ci == first->guest_ci))
+      continue;
     r = add_finding (cp->k, (struct finding) {
-        .id = FINDING_CLUSTER_SHARED, .snapshot_index = FINDING_ACTIVE,
+        .id = id, .snapshot_index = u->snapshot_index,
         .host_off = u->host_ci << bits, .guest_off = u->guest_ci << bits,
         .guest_len = cp->k->g->cluster_size, .index = u->guest_ci,
         .expected = first->guest_ci << bits }, err);
@@ -308,17 +377,44 @@ report_users (struct copied *cp, struct err *err)
 /* --- all tables */
 
 static int
+list_users (struct copied *cp, const struct ownermap *of, unsigned least, enum finding_id id,
+            const uint64_t *host_offs, size_t nr, struct err *err)
+{
+  int r;
+
+  cp->users.len = 0;
+  cp->collect = of;
+  cp->least = least;
+  r = read_clusters (cp->k, host_offs, nr, "flags", users_of_table, cp, err);
+  return r < 0 ? r : report_users (cp, id, err);
+}
+
+static int
 walk_tables (struct copied *cp, const uint64_t *host_offs, size_t nr, struct err *err)
 {
-  struct checker *k = cp->k;
-  int r = read_clusters (k, host_offs, nr, "flags", flags_of_table, cp, err);
+  int r = read_clusters (cp->k, host_offs, nr, "flags", flags_of_table, cp, err);
 
-  if (r == 0 && ownermap_any_shared (cp->active)) {
-    r = read_clusters (k, host_offs, nr, "flags", users_of_table, cp, err);
-    if (r == 0)
-      r = report_users (cp, err);
-  }
+  if (r == 0 && ownermap_any_shared (cp->active))
+    r = list_users (cp, cp->active, 2, FINDING_CLUSTER_SHARED, host_offs, nr, err);
+  if (r == 0 && cp->first && ownermap_end (cp->reused) > 0)
+    r = list_users (cp, cp->reused, 1, FINDING_SNAPSHOT_CLUSTER_REUSED, host_offs, nr, err);
   return r;
+}
+
+/* What tells clusters that snapshots have at another guest offset. */
+static int
+prepare_reused (struct copied *cp, struct err *err)
+{
+  struct checker *k = cp->k;
+  uint64_t clusters = k->end >> k->g->cluster_bits;
+
+  if (k->c->snapshots.len == 0 || k->g->data_file ||
+      clusters > k->memory_limit / 8 / sizeof *cp->first)
+    return 0;
+  cp->first = calloc (MAX (clusters, 1), sizeof *cp->first);
+  if (cp->first == NULL)
+    return err_set (err, ENOMEM, "out of memory");
+  return ownermap_new (k->memory_limit, &cp->reused, err);
 }
 
 static int
@@ -334,15 +430,19 @@ check_l2_flags (struct checker *k, struct err *err)
   if (host_offs == NULL || table == NULL)
     return err_set (err, ENOMEM, "out of memory");
   for (size_t i = 0; i < v->len; ++i)
-    if (v->ptr[i].active_weight) {
+    if (v->ptr[i].active_weight || k->c->snapshots.len > 0) {
       host_offs[nr] = v->ptr[i].host_off;
       table[nr++] = i;
     }
   pthread_mutex_init (&cp.lock, NULL);
   r = ownermap_new (k->memory_limit, &cp.active, err);
   if (r == 0)
+    r = prepare_reused (&cp, err);
+  if (r == 0)
     r = walk_tables (&cp, host_offs, nr, err);
   ownermap_free (cp.active);
+  ownermap_free (cp.reused);
+  free ((void *) cp.first);
   vec_reset (&cp.users);
   pthread_mutex_destroy (&cp.lock);
   return r;
