@@ -12,8 +12,10 @@
  * order (core/heal/orphans.c).
  */
 #include <errno.h>
+#include <inttypes.h>
 
 #include "base/cleanup.h"
+#include "base/num.h"
 #include "heal/orphans.h"
 #include "lost-found.h"
 
@@ -21,6 +23,42 @@ bool
 lost_found_any (const struct stack *s)
 {
   return s->top.before && s->top.before->orphans.clusters + s->top.before->orphans.tables > 0;
+}
+
+/* Orphans of source that healed has no more. */
+static uint64_t
+count_freed (const struct check *source, const struct check *healed)
+{
+  uint64_t end = DIV_ROUND_UP (source->file_size, source->geom.cluster_size);
+  uint64_t stop = 0, ci, freed = 0;
+
+  while ((ci = orphan_next (source, stop, end, &stop)) < end)
+    for (; ci < stop; ++ci)
+      freed += ownermap_get (healed->excess, ci) == 0;
+  return freed;
+}
+
+int
+lost_found_kept (struct stack *s, struct progress *progress, struct err *err)
+{
+  struct check_options copts = { .progress = progress };
+  struct check *c;
+  uint64_t freed = 0;
+  int r;
+
+  if (!s->top.keep_orphans)
+    return 0;
+  r = check_run (s->top.source, &copts, &c, err);
+  if (r < 0)
+    return r;
+  if (orphan_findings (c) > 0)
+    freed = count_freed (c, s->top.before);
+  check_free (c);
+  return freed == 0 ? 0
+    : err_set (err, EEXIST, "%s: the overlay %s frees %" PRIu64 " clusters that look like lost data "
+               "(the findings O01 and O02 of the image without it), and writing it into the image "
+               "would make that final.  Fetch the export lost+found first, then add "
+               "discard-orphans=true.  Nothing was changed", s->top.path, s->overlay, freed);
 }
 
 static bool

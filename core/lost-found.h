@@ -11,6 +11,12 @@
  */
 bool lost_found_any (const struct stack *s);
 
+/* -EEXIST with a message if the overlay over s->top frees, or has overwritten, what
+ * looks like lost data in the source, and that is to be kept.  For an overlay
+ * that was made before anybody said so.
+ */
+int lost_found_kept (struct stack *s, struct progress *progress, struct err *err);
+
 /* The orphans' bytes, read-only.  The caller owns *ret.  Thread-safe; the first call
  * may take a while.
  */

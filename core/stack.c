@@ -27,6 +27,7 @@
 
 #include "dev/file.h"
 #include "img/image.h"
+#include "lost-found.h"
 #include "stack.h"
 
 static void __attribute__ ((format (printf, 2, 3)))
@@ -133,6 +134,8 @@ heal_in_place (struct stack *s, struct progress *progress, struct err *err)
     if (r == 0)
       r = lay_overlay (s, &s->overlay_created, err);
   }
+  if (r == 0 && s->overlay_reused && !s->inplace.resumed)
+    r = lost_found_kept (s, progress, err);
   if (r == 0 && !s->inplace.resumed && heal_needed (top->before, s->repair))
     r = layer_heal (top, s->repair, progress, err);
   if (r == 0 && !check_sound (layer_now (top)))
