@@ -16,7 +16,7 @@
  *
  * An image with an external data file may have two journals, FILE and FILE.data.
  * They are marked in the order FILE.data, FILE and are both copied before either
- * is done; FILE is removed last, since it leads to the other.
+ * is done; FILE is removed last, since it leads to the other, and so does the link.
  *
  * A start without inplace=true changes nothing, so it cannot serve what lies
  * between 3 and 5: it is refused.
@@ -220,9 +220,7 @@ remove_stale (struct stack *s, const char *journal, const char *link, enum found
 
   if (found == FOUND_NOTHING && link)
     return refuse_lost_journal (s, journal, link, err);
-  if (link)
-    r = file_remove (link, err);
-  if (r == 0 && found == FOUND_DONE && link) {
+  if (found == FOUND_DONE && link) {
     CLEANUP_FREE char *data = NULL;
 
     if (asprintf (&data, "%s.data", journal) < 0) {
@@ -231,6 +229,8 @@ remove_stale (struct stack *s, const char *journal, const char *link, enum found
     }
     r = file_remove (data, err);
   }
+  if (r == 0 && link)
+    r = file_remove (link, err);
   /* A plain overlay that a link leads to is the operator's. */
   if (r == 0 && found != FOUND_NOTHING && (found == FOUND_DONE || !link))
     r = file_remove (journal, err);
@@ -419,10 +419,10 @@ finish (struct stack *s, struct err *err)
 
   if (r == 0)
     r = mark_done (&s->top, err);
-  if (r == 0 && ip->link)
-    r = file_remove (ip->link, err);
   if (r == 0 && ip->data_journal)
     r = file_remove (ip->data_journal, err);
+  if (r == 0 && ip->link)
+    r = file_remove (ip->link, err);
   if (r == 0)
     r = file_remove (ip->journal, err);
   bdev_unref (s->top.overlay);

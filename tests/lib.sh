@@ -527,3 +527,51 @@ fails_from ()
   failed_exit=$?
   [ -e killed ]
 }
+
+# served_rightly: without inplace=true, the image is refused or it is all old or all new.
+served_rightly ()
+{
+  if serve "$image" "${options[@]}" --run 'nbdcopy "$uri" out.raw' >/dev/null 2>&1; then
+    cmp -s out.raw want.raw || cmp -s out.raw old.raw || { echo "wrong bytes were served"; return 1; }
+  else
+    grep -q 'journal.*inplace=true' err.log || { echo "refused, but not told what to do"; cat err.log; return 1; }
+    half_written=1
+  fi
+}
+
+# recovers ARG...: what must be so after a kill.
+recovers ()
+{
+  local half_written=
+
+  served_rightly || return 1
+  # What was begun is finished, whether or not the start is told of the overlay.
+  if [ -n "$half_written" ]; then
+    serve "$image" "${options[@]}" inplace=true --run 'nbdcopy "$uri" out.raw' || return 1
+  else
+    serve "$image" "${options[@]}" "$@" --run 'nbdcopy "$uri" out.raw' || return 1
+  fi
+  cmp out.raw want.raw && img_check_clean -f qcow2 "$image" && guest_raw "$image" n.raw && cmp n.raw want.raw || return 1
+  left=$(ls -A . state/qcow2repair 2>/dev/null | grep -E 'journal|overlay')
+  [ -z "$left" ] || { echo "left behind: $left"; return 1; }
+}
+
+# What the sweep works on: its image, parameters for every start, and 1 for a kill at
+# each change, 2 for every second.  old.raw and want.raw are the guest's bytes before
+# and after.
+image=a.qcow2
+options=()
+sweep_step=1
+
+# sweep NAME RESTORE ARG...: RESTORE puts the files back as they were.
+sweep ()
+{
+  local name=$1 restore=$2 n=$((1 - sweep_step)) bad=0
+  shift 2
+
+  while n=$((n + sweep_step)); $restore; killed_at $n "$image" "${options[@]}" "$@"; do
+    recovers "$@" >why 2>&1 || { bad=$((bad + 1)); diag "$name: killed at change $n:"; diag_file why; }
+  done
+  is "$name: killed at $(((n - 1) / sweep_step)) changes, all well afterwards" "$bad" 0
+  ok "$name: there were enough of them to mean something" test $n -gt 9
+}
