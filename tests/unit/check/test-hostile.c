@@ -407,6 +407,96 @@ test_random_bytes (void **state)
   bdev_unref (d);
 }
 
+/* --- decisions, under attack */
+
+/* Each entry of each table leads into metadata, or is nothing at all: every list
+ * that the check keeps stays within bounds, and each entry has one fate.
+ */
+static void
+assert_lists_sane (const struct check *c)
+{
+  assert_true (c->conflicts.len <= MAX_CONFLICTS);
+  assert_true (c->conflicts.len <= c->nr_conflicts);
+  for (size_t i = 0; i < c->bad.len; ++i) {
+    const struct bad_run *b = &c->bad.ptr[i], *last = i ? b - 1 : NULL;
+
+    assert_true (b->count > 0);
+    assert_true (b->in_l1 || b->index + (uint64_t) b->count <= c->geom.l2_entries);
+    if (last && last->table_host_off == b->table_host_off && last->in_l1 == b->in_l1 &&
+        last->snapshot_index == b->snapshot_index)
+      assert_true (last->index + (uint64_t) last->count <= b->index);
+  }
+}
+
+static void
+test_garbage_tables (void **state)
+{
+  static const char *const opts[] = { "cluster_size=512", "cluster_size=65536",
+                                      "cluster_size=16k,extended_l2=on" };
+  uint64_t seed = 11;
+
+  for (unsigned i = 0; i < 3; ++i)
+    for (unsigned kind = 0; kind < 4; ++kind) {
+      struct bdev *d = rich (opts[i]);
+      uint64_t cluster_size = cluster_size_of (d), l2 = l2_place (d, 0, 0);
+      uint64_t n = get32 (d, HEADER_OFF_L1_SIZE), l1 = l1_place (d, 0);
+      struct check *c;
+
+      for (uint64_t at = l2; at < l2 + cluster_size; at += 8)
+        switch (kind) {
+        case 0: put64 (d, at, test_random (&seed)); break;
+        case 1: put64 (d, at, COPIED | l1); break;
+        case 2: put64 (d, at, COPIED | ROUND_DOWN (test_random (&seed) % bdev_size (d),
+                                                   cluster_size)); break;
+        case 3: put64 (d, at, at % 16 ? l2 | 4 : L2E_COMPRESSED | l2); break;
+        }
+      for (uint64_t j = 1; j < n && kind != 1; ++j)
+        put64 (d, l1_place (d, j), kind == 0 ? test_random (&seed)
+               : COPIED | ROUND_DOWN (test_random (&seed) % bdev_size (d), cluster_size));
+      check_twice (d);
+      c = check_image (d);
+      assert_true (c->bad.len > 0);
+      assert_lists_sane (c);
+      check_free (c);
+      bdev_unref (d);
+    }
+}
+
+/* 16 tables with 8192 entries each, all of them in the L1 table. */
+static void
+test_many_conflicts (void **state)
+{
+  struct bdev *d = make_image ("cluster_size=65536,preallocation=metadata", "8G", "");
+  CLEANUP_FREE uint8_t *table = malloc (65536);
+  uint64_t l1 = get64 (d, HEADER_OFF_L1_TABLE);
+  struct check_options small = { .memory_limit = 2 << 20 };
+  struct err err = { 0 };
+  struct check *c;
+
+  for (unsigned i = 0; i < 8192; ++i)
+    store_be64 (table + i * 8, COPIED | l1);
+  for (unsigned i = 0; i < 16; ++i)
+    put_bytes (d, l2_place (d, i, 0), table, 65536);
+  c = check_image (d);
+  assert_int_equal (c->findings.totals[FINDING_L2_ENTRY_OVERLAP], 16 * 8192);
+  assert_int_equal (c->conflicts.len, MAX_CONFLICTS);
+  assert_int_equal (c->nr_conflicts, 16 * 8192);
+  assert_int_equal (c->bad.len, 16);    /* joined */
+  assert_false (c->bad_truncated);
+  assert_lists_sane (c);
+  check_free (c);
+  for (unsigned i = 0; i < 8192; i += 2)        /* nothing to join */
+    store_be64 (table + i * 8, 0);
+  for (unsigned i = 0; i < 16; ++i)
+    put_bytes (d, l2_place (d, i, 0), table, 65536);
+  assert_ok (check_run (d, &small, &c, &err), &err);
+  assert_int_equal (c->findings.totals[FINDING_L2_ENTRY_OVERLAP], 16 * 4096);
+  assert_true (c->bad_truncated);       /* the rest is for the next check */
+  assert_lists_sane (c);
+  check_free (c);
+  bdev_unref (d);
+}
+
 int
 main (void)
 {
@@ -420,6 +510,8 @@ main (void)
     cmocka_unit_test (test_truncated),
     cmocka_unit_test (test_tables_on_tables),
     cmocka_unit_test (test_random_bytes),
+    cmocka_unit_test (test_garbage_tables),
+    cmocka_unit_test (test_many_conflicts),
   };
 
   if (run ("command -v qemu-img && command -v qemu-io") != 0) {
