@@ -6,7 +6,8 @@
  * header), so that a data pointer into metadata is recognised the moment it is
  * seen, and nothing that only a snapshot or a bitmap says casts doubt on the
  * active disk; data clusters of every L2 table, each table read once however
- * many snapshots share it; refcount structures and comparison; COPIED flags.
+ * many snapshots share it; refcount structures and comparison; who is right where
+ * two claims met; COPIED flags.
  */
 #ifndef QR_CHECK_CHECK_H
 #define QR_CHECK_CHECK_H
