@@ -133,8 +133,9 @@ named_orphan (struct finder *f, const uint8_t *table, uint64_t i)
   struct l2_entry e = l2_entry_decode (l2_raw (table, i, f->g), l2_bitmap (table, i, f->g), f->g);
   uint64_t ci = e.host_off >> f->g->cluster_bits;
 
-  if (f->g->data_file || e.kind != CLUSTER_NORMAL || e.reserved || !IS_ALIGNED (e.host_off, f->g->cluster_size) ||
-      ci == 0 || ci >= f->end_ci || !orphan_is (f->c, ci))
+  if (f->g->data_file || e.kind != CLUSTER_NORMAL || e.reserved ||
+      !IS_ALIGNED (e.host_off, f->g->cluster_size) || ci == 0 || ci >= f->end_ci ||
+      !orphan_is (f->c, ci))
     return 0;
   return ci;
 }

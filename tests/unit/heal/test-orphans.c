@@ -209,6 +209,29 @@ test_unreferenced (void **state)
   bdev_unref (d);
 }
 
+/* A table of zeros and as many leaks as it mapped; half of them are not enough. */
+static void
+test_table_s_worth (void **state)
+{
+  static const char *const sizes[] = { "256M", "1G" };
+
+  for (unsigned i = 0; i < 2; ++i) {
+    struct bdev *d = make_image ("preallocation=metadata", sizes[i], "");
+    struct check *c;
+
+    zero_bytes (d, l2_place (d, 0, 0), 65536);
+    c = check_image (d);
+    assert_int_equal (c->orphans.clusters, i ? 8192 : 4096);
+    assert_int_equal (c->findings.totals[FINDING_ORPHANED_DATA], i);
+    assert_int_equal (c->findings.totals[FINDING_ORPHANED_TABLES], 0);
+    if (i)
+      assert_int_equal (first_run (c, FINDING_ORPHANED_DATA)->found, 8192);
+    assert_int_equal (check_sound (c), !i);
+    check_free (c);
+    bdev_unref (d);
+  }
+}
+
 /* --- no evidence */
 
 static void
@@ -503,6 +526,7 @@ main (void)
     cmocka_unit_test (test_compressed_are_left_out),
     cmocka_unit_test (test_beside_a_snapshot),
     cmocka_unit_test (test_unreferenced),
+    cmocka_unit_test (test_table_s_worth),
     cmocka_unit_test (test_mere_leaks),
     cmocka_unit_test (test_unlinked_copy),
     cmocka_unit_test (test_dropped_bitmap),
