@@ -65,6 +65,18 @@ is "dirty: QEMU left the bit" "$(patch a.qcow2 get incompatible_features)" 1
 serve a.qcow2 --run 'nbdcopy "$uri" lazy.raw'
 in_place "dirty" lazy.raw
 
+# Level all: what cannot be right is lost, and zeros in the image from then on.
+make_image a.qcow2 8M -o cluster_size=4k
+qemu-io -f qcow2 -c 'write -P 1 0 5M' a.qcow2 >/dev/null
+patch a.qcow2 l2 20 0x8000400000000000 + l2 21 0x8000000000001234
+refused "level refcounts" 'damage remains.*nothing was written' inplace=true
+ok "level refcounts: nothing is left" nothing_left
+qemu-img create -q -f raw lost.raw 8M
+head -c 5M /dev/zero | tr '\0' '\1' | dd of=lost.raw conv=notrunc status=none
+dd if=/dev/zero of=lost.raw bs=4096 seek=20 count=2 conv=notrunc status=none
+in_place "level all" lost.raw repair=all discard-orphans=true
+ok "level all: what was lost is told" jq -e '.lost.ranges | length > 0' report.json
+
 # What cannot be made sound is not touched.
 cp base.qcow2 a.qcow2
 patch a.qcow2 rt-zero
