@@ -35,6 +35,24 @@ ok "discard-orphans: repairs" serve a.qcow2 inplace=true discard-orphans=true
 ok "discard-orphans: no errors, no leaks" img_check_clean -f qcow2 a.qcow2
 ok "discard-orphans: QEMU reads the same" io a.qcow2 'read -P 7 0 32M'
 
+# Level all mends the entry that lost them; what it named stays, in as many rounds as it takes.
+make_image c.qcow2 16M -o cluster_size=4k
+io c.qcow2 'write -P 1 0 1M' 'write -P 2 2M 512k' 'write -P 4 4M 1M'
+patch c.qcow2 l1 1 0x8000010000000000
+patch c.qcow2 l2 5 0x8000010000000000
+ok "level all: lost+found before" serve c.qcow2 --run "$(fetch before)"
+ok "level all: mended in place, and filled" serve c.qcow2 inplace=true repair=all report=r.json --run "
+  nbdinfo --can write \"\$uri\" && qemu-io -f raw -c 'write -P 7 0 16M' \"\$uri\" >/dev/null"
+ok "level all: the report says so" eval 'REPORT=r.json; report_has T03 T13 O01 O02'
+ok "level all: no errors" img_check_leaks_at_most -f qcow2 c.qcow2
+ok "level all: QEMU reads what was written" io c.qcow2 'read -P 7 0 16M'
+ok "level all: the lost table is as it was" serve c.qcow2 --run "$(fetch after) && cmp before after"
+ok "level all: so is the lost cluster" eval '
+  serve c.qcow2 --run "nbdcopy \"nbd+unix:///lost+found?socket=\$unixsocket\" lf" &&
+  python3 -c "import sys; sys.exit(open(\"lf\", \"rb\").read().count(b\"\\1\" * 4096) != 1)"'
+ok "level all: started again, it stays so" eval '
+  s=$(sha256 c.qcow2); serve c.qcow2 inplace=true repair=all && [ "$(sha256 c.qcow2)" = "$s" ]'
+
 # An overlay made before.
 cp damaged.qcow2 b.qcow2
 ok "an overlay" serve b.qcow2 overlay=o.qcow2 --run 'qemu-io -f raw -c "write -P 7 0 8M" "$uri" >/dev/null'
