@@ -128,7 +128,7 @@ drop_nonsense (struct checker *k)
     const struct l2_doubt *d = &k->l2_doubts.ptr[i];
     const struct l2_table *t = &k->l2.tables.ptr[d->table];
 
-    if (!l2_is_nonsense (t))
+    if (!l2_is_nonsense (t) && t->fate == 0)
       rivals (k, d->ci, d->n, t);
   }
   for (size_t i = 0; i < k->bitmap_doubts.len; ++i)

@@ -197,7 +197,8 @@ typedef int (*l1_fn) (struct checker *k, void *opaque, const uint64_t *l1, uint6
                       int32_t snapshot_index, uint64_t l1_host_off, struct err *err);
 int for_each_l1 (struct checker *k, l1_fn fn, void *opaque, struct err *err);
 
-bool l2_set_has (const struct l2_set *set, uint64_t host_off);
+/* The table at host_off, until check_l2_close; or NULL. */
+struct l2_table *l2_set_find (const struct l2_set *set, uint64_t host_off);
 
 /* --- check-contests.c */
 

@@ -4,7 +4,8 @@
  * destroyed by the next repair.  So whatever cannot be followed here makes the
  * check incomplete.  An L1 table that lies on another L1 table is followed (it
  * holds L1 entries, and both may be in use); one that lies on an L2 table or on
- * the snapshot table would read as nonsense and is not.
+ * the snapshot table would read as nonsense and is not, unless what lies there is
+ * an L1 table: then it is the L1 entry that names it as an L2 table which is wrong.
  *
  * L1 tables that add up to more bytes than the file has overlap without end:
  * from there on they are not followed, which bounds the work.
@@ -194,6 +195,9 @@ accept_entry (struct checker *k, struct snaptab *t, uint32_t i, const struct sna
 
   if (certain_only)
     return entry_certain (k, t, s->entry_off);
+  /* No program writes that; it is what follows a table whose count is too high. */
+  if (s->id[0] == 0 && s->l1_entries == 0)
+    return false;
   if (entry_plausible (t, s->entry_off) || i + 1 == k->c->header.nr_snapshots)
     return true;
   if (end + SNAPSHOT_FIXED_LENGTH + 1024 > t->len && read_more (k, t, end + MAX_ENTRY_BYTES, NULL) < 0)
@@ -301,9 +305,101 @@ lies_on_others (struct checker *k, const struct snapshot *s)
                       k->c->header.snapshots_host_off, table_len))
     return true;
   for (uint64_t off = s->l1_host_off; off < end; off += k->g->cluster_size)
-    if (l2_set_has (&k->l2, off))
+    if (l2_set_find (&k->l2, off))
       return true;
   return false;
+}
+
+/* --- an L1 table where an L1 entry says that an L2 table is */
+
+#define MAX_EVIDENCE (UINT64_C (1) << 20)       /* bytes of an L1 table that is looked at */
+#define SAMPLE       4                          /* tables that its first entries name */
+
+/* Add up what entries of an L2 table at host_off can be right, and what can't. */
+static int
+weigh_l2 (struct checker *k, uint64_t host_off, uint64_t *good, uint64_t *bad, struct err *err)
+{
+  CLEANUP_FREE uint8_t *table = malloc (k->g->cluster_size);
+
+  if (table == NULL)
+    return err_set (err, ENOMEM, "out of memory");
+  if (bdev_pread_padded (k->d, table, k->g->cluster_size, host_off, NULL) < 0)
+    return 0;
+  for (uint64_t i = 0; i < k->g->l2_entries; ++i) {
+    uint64_t raw = l2_raw (table, i, k->g);
+    struct l2_entry e = l2_entry_decode (raw, l2_bitmap (table, i, k->g), k->g);
+    bool possible = !e.reserved && (e.kind == CLUSTER_COMPRESSED ||
+                                    IS_ALIGNED (e.host_off, k->g->cluster_size)) &&
+                    (e.host_off == 0 || range_fits (e.host_off, e.host_len, k->end));
+
+    if (raw)
+      ++*(possible ? good : bad);
+  }
+  return 0;
+}
+
+/* Do these bytes, len with the rest of the last cluster, hold the L1 table that s says?
+ * Its entries are possible, there is nothing behind them, and what they name are L2
+ * tables.  An L2 table looks like that only if its first entries map L2 tables.
+ */
+static int
+weigh_l1 (struct checker *k, const struct snapshot *s, const uint8_t *buf, uint64_t len, bool *yes,
+          struct err *err)
+{
+  uint64_t good = 0, bad = 0, seen = 0;
+  int r = 0;
+
+  *yes = zero_words (buf + s->l1_entries * 8, len / 8 - s->l1_entries) == len / 8 - s->l1_entries;
+  for (uint64_t i = 0; i < s->l1_entries && *yes && r == 0; ++i) {
+    uint64_t raw = load_be64 (buf + i * 8), off = raw & L1E_OFF_MASK;
+
+    if (raw == 0)
+      continue;
+    *yes = !(raw & L1E_RESERVED_MASK) && table_fits (k, off, k->g->cluster_size);
+    if (*yes && seen++ < SAMPLE)
+      r = weigh_l2 (k, off, &good, &bad, err);
+  }
+  *yes = *yes && good > bad;
+  return r;
+}
+
+/* The L1 table of snapshot i lies on something.  If that is nothing but L2 tables, and
+ * what lies there is an L1 table, then the L1 entries that lead there are wrong:
+ * *won, and the L2 tables are none.
+ */
+static int
+contest_l1 (struct checker *k, size_t i, bool *won, struct err *err)
+{
+  const struct snapshot *s = &k->c->snapshots.ptr[i];
+  uint64_t len = ROUND_UP (s->l1_entries * UINT64_C (8), k->g->cluster_size), off;
+  CLEANUP_FREE uint8_t *buf = NULL;
+  int r;
+
+  *won = false;
+  if (len > MAX_EVIDENCE)
+    return 0;
+  for (off = s->l1_host_off; off < s->l1_host_off + len; off += k->g->cluster_size)
+    if (ownermap_get (k->meta, off >> k->g->cluster_bits) > 1 + !!l2_set_find (&k->l2, off))
+      return 0;
+  buf = malloc (len);
+  if (buf == NULL)
+    return err_set (err, ENOMEM, "out of memory");
+  if (bdev_pread_padded (k->d, buf, len, s->l1_host_off, NULL) < 0)
+    return 0;
+  r = weigh_l1 (k, s, buf, len, won, err);
+  for (off = s->l1_host_off; *won && off < s->l1_host_off + len && r == 0;
+       off += k->g->cluster_size) {
+    struct l2_table *t = l2_set_find (&k->l2, off);
+
+    if (t == NULL)
+      continue;
+    t->fate = FINDING_L2_TABLE_NONSENSE;
+    set_incomplete (k);
+    r = conflict_add (k, off, k->g->cluster_size,
+                      (struct owner) { .kind = OWNER_L1_TABLE, .snapshot_index = i },
+                      l2_owner (t), err);
+  }
+  return r;
 }
 
 static int
@@ -323,7 +419,7 @@ claim_snapshot_l1 (struct checker *k, size_t i, uint64_t *total, bool *follow, s
 {
   const struct snapshot *s = &k->c->snapshots.ptr[i];
   uint64_t bytes = (uint64_t) s->l1_entries * 8, ci = s->l1_host_off >> k->g->cluster_bits;
-  bool conflict = false;
+  bool conflict = false, won = false;
   int r;
 
   *follow = false;
@@ -335,10 +431,12 @@ claim_snapshot_l1 (struct checker *k, size_t i, uint64_t *total, bool *follow, s
   if (*total > k->end)
     return l1_unusable (k, i, FINDING_SNAPSHOT_OVERLAP, 0, err);
   r = claim_meta (k, s->l1_host_off, bytes, &conflict, err);
+  if (r == 0 && conflict)
+    r = contest_l1 (k, i, &won, err);
   if (r < 0)
     return r;
-  *follow = !conflict || !lies_on_others (k, s);
-  if (!conflict)
+  *follow = !conflict || won || !lies_on_others (k, s);
+  if (!conflict || won)
     return 0;
   r = l1_unusable (k, i, FINDING_SNAPSHOT_OVERLAP, 0, err);
   return r < 0 ? r : overlap_add (k, (struct overlap) {

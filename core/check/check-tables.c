@@ -46,18 +46,12 @@ l2_slot (const struct l2_set *set, uint32_t *slots, size_t nr_slots, uint64_t ho
   return &slots[i];
 }
 
-static struct l2_table *
-l2_find (const struct l2_set *set, uint64_t host_off)
+struct l2_table *
+l2_set_find (const struct l2_set *set, uint64_t host_off)
 {
   uint32_t slot = set->nr_slots ? *l2_slot (set, set->slots, set->nr_slots, host_off) : 0;
 
   return slot ? &set->tables.ptr[slot - 1] : NULL;
-}
-
-bool
-l2_set_has (const struct l2_set *set, uint64_t host_off)
-{
-  return l2_find (set, host_off) != NULL;
 }
 
 static int
@@ -179,7 +173,7 @@ static int
 claim_l2_table (struct l1_walk *w, uint64_t i, uint64_t raw, uint64_t host_off, bool *lost,
                 struct err *err)
 {
-  struct l2_table *t = l2_find (&w->k->l2, host_off);
+  struct l2_table *t = l2_set_find (&w->k->l2, host_off);
 
   if (t == NULL)
     return claim_new_l2_table (w, i, raw, host_off, lost, err);
@@ -283,7 +277,7 @@ judge_shared (struct l1_walk *w, struct err *err)
 
   for (uint64_t i = 0; i < w->nr && r == 0; ++i) {
     uint64_t host_off = w->l1[i] & L1E_OFF_MASK;
-    const struct l2_table *t = host_off ? l2_find (&w->k->l2, host_off) : NULL;
+    const struct l2_table *t = host_off ? l2_set_find (&w->k->l2, host_off) : NULL;
 
     if (t && t->shared)
       r = twin_vec_push (&v, (struct twin) { host_off, i });
@@ -296,7 +290,7 @@ judge_shared (struct l1_walk *w, struct err *err)
     for (n = 1; i + n < v.len && v.ptr[i + n].host_off == v.ptr[i].host_off; ++n)
       ;
     r = judge_twins (w, v.ptr + i, n, err);
-    l2_find (&w->k->l2, v.ptr[i].host_off)->shared = false;
+    l2_set_find (&w->k->l2, v.ptr[i].host_off)->shared = false;
   }
   vec_reset (&v);
   return r;

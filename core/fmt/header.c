@@ -123,12 +123,13 @@ header_decode_extensions (const uint8_t *cluster, struct header *h, struct err *
       .host_off = off + 8,
     };
 
-    if (ext.type == EXT_END)
-      return 0;
+    /* QEMU demands a length that fits even of the end. */
     if (!range_fits (ext.host_off, ext.len, limit)) {
       h->exts_damaged = true;
       return 0;
     }
+    if (ext.type == EXT_END)
+      return 0;
     if (header_ext_vec_push (&h->exts, ext) < 0)
       return err_set (err, ENOMEM, "out of memory");
     off = ROUND_UP (ext.host_off + ext.len, 8);

@@ -542,6 +542,11 @@ test_snapshot_entries (void **state)
   assert_findings (c, "S05:1");
   assert_int_equal (c->snapshots.len, 3);
   check_free (c);
+  put32 (d, HEADER_OFF_NB_SNAPSHOTS, 3000);
+  c = check_image (d);
+  assert_findings (c, "S02:1");
+  assert_int_equal (c->snapshots.len, 3);
+  check_free (c);
   put32 (d, HEADER_OFF_NB_SNAPSHOTS, 3);
   put64 (d, at[1], FAR);
   c = check_image (d);
@@ -556,6 +561,29 @@ test_snapshot_entries (void **state)
   assert_int_equal (c->conflicts.ptr[0].winner.kind, OWNER_L2_TABLE);
   assert_int_equal (c->conflicts.ptr[0].loser.kind, OWNER_L1_TABLE);
   assert_int_equal (c->conflicts.ptr[0].loser.snapshot_index, 1);
+  check_free (c);
+  bdev_unref (d);
+}
+
+/* An L1 entry of the active disk leads into the L1 table of a snapshot, which reads
+ * as an L2 table that maps L2 tables: the snapshot stays.
+ */
+static void
+test_l1_into_snapshot_l1 (void **state)
+{
+  struct bdev *d = three_snapshots ();
+  uint64_t l1 = get64 (d, get64 (d, HEADER_OFF_SNAPSHOTS));
+  struct check *c;
+
+  put64 (d, l1_place (d, 1), COPIED | l1);
+  c = check_image (d);
+  assert_bad (c, true, l1_table (d), 1, "T08", BAD_LOST);
+  assert_int_equal (c->bad.len, 1);
+  assert_false (c->snapshots.ptr[0].unusable);
+  assert_false (findings_has (&c->findings, FINDING_SNAPSHOT_OVERLAP));
+  assert_int_equal (c->nr_conflicts, 1);
+  assert_int_equal (c->conflicts.ptr[0].winner.kind, OWNER_L1_TABLE);
+  assert_int_equal (c->conflicts.ptr[0].winner.snapshot_index, 0);
   check_free (c);
   bdev_unref (d);
 }
@@ -665,6 +693,7 @@ main (void)
     cmocka_unit_test (test_l1_of_several_clusters),
     cmocka_unit_test (test_header),
     cmocka_unit_test (test_snapshot_entries),
+    cmocka_unit_test (test_l1_into_snapshot_l1),
     cmocka_unit_test (test_snapshot_cluster_reused),
     cmocka_unit_test (test_bitmaps),
     cmocka_unit_test (test_l1_into_bitmap),

@@ -62,7 +62,7 @@ static void
 one_kind (const char *opts, unsigned cluster_bits, uint64_t seed)
 {
   char commands[1000];
-  uint64_t nr = (4 << 20) >> cluster_bits, reported = 0, unreadable = 0;
+  uint64_t nr = (4 << 20) >> cluster_bits, reported = 0, unreadable = 0, lost = 0;
   bool *readable = calloc (nr, 1), *broken = calloc (nr, 1);
   struct bdev *d;
   struct check *c;
@@ -110,6 +110,12 @@ one_kind (const char *opts, unsigned cluster_bits, uint64_t seed)
   if (strstr (opts, "zstd"))
     assert_int_equal (reported, unreadable);
   assert_int_equal (reported, c->findings.totals[FINDING_STREAM_BROKEN]);
+  for (size_t i = 0; i < c->bad.len; ++i) {
+    assert_int_equal (c->bad.ptr[i].why, FINDING_STREAM_BROKEN);
+    assert_int_equal (c->bad.ptr[i].fix, BAD_LOST);
+    lost += c->bad.ptr[i].count;
+  }
+  assert_int_equal (lost, reported);
   check_free (c);
   bdev_unref (d);
   free (readable);
