@@ -82,9 +82,9 @@ change (struct bdev *healed, const struct shape *s)
   }
 }
 
-/* A plain overlay with these changes, in RAM. */
-static struct bdev *
-make_overlay (struct bdev *source, const struct shape *s)
+/* A plain overlay without changes, in file. */
+static void
+make_empty_overlay (struct bdev *file)
 {
   struct fingerprint f = { .state = OVERLAY_PLAIN, .source_size = OLD_SIZE };
   uint8_t ext[FINGERPRINT_LENGTH];
@@ -93,11 +93,27 @@ make_overlay (struct bdev *source, const struct shape *s)
     .max_size = NEW_SIZE, .backing_name = "source", .backing_format = "raw",
     .private_ext_type = FINGERPRINT_EXT, .private_ext = ext, .private_ext_len = sizeof ext,
   };
-  struct bdev *file, *healed;
 
   fingerprint_encode (&f, ext);
-  assert_int_equal (mem_new ("journal", 0, true, &file, NULL), 0);
   assert_int_equal (image_create (file, &p, NULL), 0);
+}
+
+static struct bdev *
+new_mem (void)
+{
+  struct bdev *d;
+
+  assert_int_equal (mem_new ("journal", 0, true, &d, NULL), 0);
+  return d;
+}
+
+/* One with these changes, in RAM. */
+static struct bdev *
+make_overlay (struct bdev *source, const struct shape *s)
+{
+  struct bdev *file = new_mem (), *healed;
+
+  make_empty_overlay (file);
   healed = open_healed (file, source);
   change (healed, s);
   bdev_unref (healed);
@@ -126,20 +142,28 @@ state_of (struct bdev *file)
   return f.state;
 }
 
-/* All of a commit. */
+/* All of a commit, of an overlay that is open and may have unflushed changes. */
 static int
-commit (struct bdev *file, struct bdev *source, struct err *err)
+commit_open (struct bdev *file, struct bdev *healed, struct bdev *source, struct err *err)
 {
   struct journal_result res;
-  struct bdev *healed = NULL;
-  int r = overlay_reopen (file, source, &healed, err);
+  int r = journal_mark (file, healed, source, OVERLAY_COMMITTING, err);
 
-  if (r == 0)
-    r = journal_mark (file, healed, source, OVERLAY_COMMITTING, err);
   if (r == 0)
     r = journal_copy (file, healed, source, false, NULL, &res, err);
   if (r == 0)
     r = journal_mark (file, healed, source, OVERLAY_DONE, err);
+  return r;
+}
+
+static int
+commit (struct bdev *file, struct bdev *source, struct err *err)
+{
+  struct bdev *healed = NULL;
+  int r = overlay_reopen (file, source, &healed, err);
+
+  if (r == 0)
+    r = commit_open (file, healed, source, err);
   bdev_unref (healed);
   return r;
 }
@@ -299,16 +323,20 @@ static void
 survives_power_cuts (void **state)
 {
   for (size_t i = 0; i < 2; ++i) {
-    struct bdev *source = make_source (), *file = make_overlay (source, &shapes[i]);
+    struct bdev *source = make_source (), *file = new_mem (), *healed;
     struct cut c = { .shape = &shapes[i] };
     struct err err = { 0 };
 
+    make_empty_overlay (file);
     assert_int_equal (crash_new (file, &c.file, NULL), 0);
     assert_int_equal (crash_new (source, &c.source, NULL), 0);
+    healed = open_healed (c.file, c.source);
     crash_set_hook (c.file, cut_power, &c);
     crash_set_hook (c.source, cut_power, &c);
-    assert_ok (commit (c.file, c.source, &err), &err);
+    change (healed, &shapes[i]);
+    assert_ok (commit_open (c.file, healed, c.source, &err), &err);
     cut_power (&c);
+    bdev_unref (healed);
     for (int st = 0; st < 3; ++st)
       assert_true (c.states[st] > 0);
     bdev_unref (c.file);
