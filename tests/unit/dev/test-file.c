@@ -525,6 +525,39 @@ block_device_locks_and_make_writable (void **state)
   bdev_unref (d);
 }
 
+/* Born without a name, so that nothing stays of one that was never given any. */
+static void
+unnamed_until_published (void **state)
+{
+  struct err err = { 0 };
+  struct bdev *d;
+  struct stat st;
+  char like[4200];
+  int r;
+
+  unlink (path);
+  snprintf (like, sizeof like, "%s/like", folder);
+  close (open (like, O_CREAT | O_WRONLY, 0600));
+  r = file_create_unnamed (path, &d, &err);
+  if (r == -ENOTSUP)
+    skip ();
+  assert_ok (r, &err);
+  assert_int_equal (run ("test \"$(ls -A %s)\" = like", folder), 0);
+  assert_ok (file_copy_mode (d, like, &err), &err);
+  assert_ok (bdev_resize (d, 3, &err), &err);
+  assert_ok (bdev_pwrite (d, "abc", 3, 0, 0, &err), &err);
+  assert_ok (file_publish (d, path, &err), &err);
+  assert_int_equal (file_publish (d, path, NULL), -EEXIST);
+  bdev_unref (d);
+  assert_int_equal (stat (path, &st), 0);
+  assert_int_equal (st.st_size, 3);
+  assert_int_equal (st.st_mode & 077, 0);
+  assert_ok (file_remove (path, &err), &err);
+  assert_int_equal (access (path, F_OK), -1);
+  assert_ok (file_remove (path, &err), &err);
+  assert_int_equal (file_remove (folder, NULL) < 0, 1);
+}
+
 int
 main (void)
 {
@@ -540,6 +573,7 @@ main (void)
     TEST (other_types_are_refused_at_once),
     TEST (identity),
     TEST (no_descriptor_survives_exec),
+    TEST (unnamed_until_published),
     TEST (block_device),
     TEST (block_device_locks_and_make_writable),
   };
