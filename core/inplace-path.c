@@ -8,7 +8,8 @@
  * NAME is the device's first name under /dev/disk/by-id, which outlives a
  * restart of the machine, or else the kernel's.  LIMIT: without a name under by-id
  * (loop devices), a device that bears another name after a restart is not
- * recognised; overlay=FILE then names the journal.
+ * recognised; nor is any by a user whose state folder is another.  overlay=FILE then
+ * names the journal.
  */
 #include <dirent.h>
 #include <errno.h>
