@@ -126,6 +126,12 @@ $(MANPAGE): nbdkit-qcow2repair.pod $(BUILD)/findings.pod $(BUILD)/flags
 docs: $(gen_findings)
 	$(gen_findings) md >docs/FINDINGS.md
 
+# All cases of recovery, QEMU's repair beside ours: see tests/recovery.py.
+recovery: all
+	@tests/deps.sh --install test
+	PLUGIN=$(abspath $(PLUGIN)) python3 tests/recovery.py page >$(BUILD)/recovery.md
+	@mv $(BUILD)/recovery.md docs/recovery.md
+
 # --- tests
 # TESTS="tests/t/a.t ..." runs these only.
 TESTS ?= $(unit_tests) $(wildcard tests/t/*.t)
@@ -205,6 +211,7 @@ make install         PREFIX=$(PREFIX) DESTDIR=$(DESTDIR)
 make uninstall
 make deps            install what is missing, with the system's package manager
 make docs            write docs/FINDINGS.md anew from core/check/findings.def
+make recovery        write docs/recovery.md anew: damage of every kind, and what becomes of it
 make check-layers    who includes whom; make check-headers: each header alone
 make clean
 Variables: V=1 (show the commands), BUILD, CC, CFLAGS, SANITIZE, WERROR=-Werror, JOBS, PKG_CONFIG, plugindir, mandir
@@ -216,5 +223,5 @@ help:
 -include $(shell find $(BUILD) -name '*.d' 2>/dev/null)
 
 FORCE:
-.PHONY: all unit docs check check-built check-units sanitize soak check-layers check-headers \
+.PHONY: all unit docs recovery check check-built check-units sanitize soak check-layers check-headers \
         serve deps deps-check install uninstall clean help FORCE

@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "base/cleanup.h"
+#include "base/num.h"
 #include "check/orphans.h"
 #include "check/report.h"
 #include "check/words.h"
@@ -89,13 +90,13 @@ text_lost_disk (FILE *fp, const struct lost_range *r, size_t n)
   for (i = 0; i < n; ++i)
     bytes += r[i].guest_len;
   line_begin (&l, fp);
-  fputs ("LOST of the ", l.fp);
+  fputs ("LOST of ", l.fp);
   if (r->snapshot_id) {
     fputs ("snapshot ", l.fp);
     report_name (l.fp, r->snapshot_name);
   }
   else
-    fputs ("guest disk", l.fp);
+    fputs ("the guest disk", l.fp);
   fputs (": ", l.fp);
   report_size (l.fp, bytes);
   for (i = 0; i < n && i < LOST_SHOWN; ++i) {
@@ -238,13 +239,18 @@ text_tail (FILE *fp, const struct stack *s)
   text_verdict (fp, s);
 }
 
+/* Of a terminal: long ones count for more than one. */
 static unsigned
 count_lines (const char *s)
 {
   unsigned n = 0;
 
-  for (; (s = strchr (s, '\n')); ++s)
-    ++n;
+  while (*s) {
+    size_t len = strcspn (s, "\n");
+
+    n += len ? DIV_ROUND_UP (len, TEXT_COLUMNS) : 1;
+    s += len + (s[len] != 0);
+  }
   return n;
 }
 

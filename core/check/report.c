@@ -333,6 +333,18 @@ choose_detail (const struct check *c, const struct slice *slices, size_t nr, uns
   return details[k];
 }
 
+static void
+print_more_kinds (FILE *fp, const struct slice *slices, size_t nr)
+{
+  struct line l;
+
+  line_begin (&l, fp);
+  fprintf (l.fp, "... and %zu more kind%s; report=FILE lists them:", nr, nr == 1 ? "" : "s");
+  for (size_t i = 0; i < nr; ++i)
+    fprintf (l.fp, " %s", finding_kinds[slices[i].runs->id].code);
+  line_end (&l, fp);
+}
+
 void
 report_text (FILE *fp, const struct check *c, unsigned max_lines)
 {
@@ -346,7 +358,7 @@ report_text (FILE *fp, const struct check *c, unsigned max_lines)
   for (size_t i = 0; i < shown; ++i)
     print_kind (fp, c, &slices[i], d);
   if (shown < nr)
-    fprintf (fp, "... and %zu more kinds of findings; report=FILE lists them\n", nr - shown);
+    print_more_kinds (fp, &slices[shown], nr - shown);
   print_totals (fp, c);
 }
 

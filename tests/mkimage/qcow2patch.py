@@ -550,4 +550,5 @@ def main(argv):
             damage(Image(path, True), cmd, a)
 
 
-main(sys.argv)
+if __name__ == "__main__":
+    main(sys.argv)

@@ -1,0 +1,434 @@
+#!/usr/bin/env python3
+"""What becomes of damaged images: here, and under `qemu-img check -r all'.
+
+    recovery.py page [CASE...]      docs/recovery.md on stdout
+    recovery.py compare PAGE CASE...
+                                    ours only: the rows must be those of PAGE, as
+                                    TAP on stdout; one that fails on the page may do better
+
+From the environment: PLUGIN, and KEEP=DIR to keep the images.
+
+Each case starts from an image with a file system whose bytes are known, and is
+damaged by mkimage/damage.py, which shares nothing with core/.  What comes out is
+compared with the bytes that are known, read by nbdcopy and by stock QEMU.  A
+healing is right if every byte of every disk that differs lies in a range that
+the report lists as lost, the damaged file is what it was, QEMU finds nothing
+wrong with the healed image, and reads the same bytes from it.
+"""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.join(HERE, "mkimage"))
+import damage                           # noqa: E402
+
+SEED = 20221
+DISK = 16 << 20
+BLOCK = 512                             # bytes are compared in blocks, for speed
+SNAPSHOTS = ["one", "two", "three"]
+
+
+def run(*args, timeout=120, **kw):
+    """Exit code and everything printed; a code of None: it took too long."""
+    try:
+        p = subprocess.run(args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=timeout,
+                           stdin=subprocess.DEVNULL, **kw)
+        return p.returncode, p.stdout.decode(errors="replace")
+    except subprocess.TimeoutExpired:
+        return None, ""
+
+
+def must(*args, **kw):
+    code, out = run(*args, **kw)
+    if code != 0:
+        sys.exit("%s: exit %s\n%s" % (" ".join(args), code, out))
+    return out
+
+
+def read(path):
+    with open(path, "rb") as f:
+        return f.read()
+
+
+# --- images
+
+def make_disk(folder):
+    """An ext4 file system with files of known contents."""
+    rnd = random.Random(SEED)
+    tree = os.path.join(folder, "tree")
+    os.makedirs(tree)
+    for i in range(36):
+        with open(os.path.join(tree, "file%d" % i), "wb") as f:
+            f.write(rnd.randbytes(1000 + i * 20000) if i % 3 else b"line of text %d\n" % i * 9000)
+    disk = os.path.join(folder, "disk.raw")
+    must("mke2fs", "-q", "-F", "-t", "ext4", "-b", "4096", "-O", "^has_journal",
+         "-U", "6b1f1e0e-3a0e-4f6a-9d53-0123456789ab",
+         "-E", "hash_seed=6b1f1e0e-3a0e-4f6a-9d53-0123456789ab,lazy_itable_init=0",
+         "-d", tree, disk, "%dK" % (DISK >> 10), env={**os.environ, "E2FSPROGS_FAKE_TIME": "1700000000"})
+    return disk
+
+
+def make_image(kind, disk, folder):
+    """img.qcow2 in folder, which is made; and what its disks hold, by snapshot
+    name ("" is the active one).
+    """
+    os.makedirs(folder)
+    img = os.path.join(folder, "img.qcow2")
+    opts, args = "cluster_size=4k", []
+    if kind == "compressed":
+        args = ["-c"]
+    elif kind == "subclusters":
+        opts = "cluster_size=16k,extended_l2=on"
+    if kind == "backing":
+        base = os.path.join(folder, "base.qcow2")
+        must("qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-o", opts, disk, base)
+        must("qemu-img", "create", "-q", "-f", "qcow2", "-o", opts, "-b", "base.qcow2",
+             "-F", "qcow2", img)
+        write(img, 3)
+    else:
+        must("qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-o", opts, *args, disk, img)
+    if kind == "snapshots":
+        for i, name in enumerate(SNAPSHOTS):
+            must("qemu-img", "snapshot", "-c", name, img)
+            write(img, i)
+    elif kind == "bitmaps":
+        for name in "ab":
+            must("qemu-img", "bitmap", "--add", "-g", "4k", img, name)
+            write(img, 1)
+    return {name: convert(img, name) for name in [""] + (SNAPSHOTS if kind == "snapshots" else [])}
+
+
+def write(img, n):
+    """A little of what a guest does, into free space of its file system."""
+    must("qemu-io", "-f", "qcow2", "-c", "write -P %d 15M 64k" % (n + 1),
+         "-c", "write -P %d %dk 20k" % (n + 9, 15700 + 60 * n), img)
+
+
+def convert(img, snapshot="", salvage=False):
+    """The bytes of a disk as stock QEMU reads them, None if it does not open it."""
+    out = (img if not img.startswith("json:") else "/tmp/none") + ".raw"
+    if img.startswith("json:"):
+        out = json.loads(img[5:])["file"]["file"]["filename"] + ".raw"
+    args = ["-l", "snapshot.name=" + snapshot] if snapshot else []
+    fmt = [] if img.startswith("json:") else ["-f", "qcow2"]
+    code, _ = run("qemu-img", "convert", *(["--salvage"] if salvage else []), *args, *fmt,
+                  "-O", "raw", img, out)
+    data = read(out) if code == 0 else None
+    if os.path.exists(out):
+        os.unlink(out)
+    return data
+
+
+# --- opinions
+
+def differing(got, want):
+    """Blocks in which two disks differ, as a set."""
+    if got == want:
+        return set()
+    n = max(len(got), len(want))
+    return {b for b in range(0, n, BLOCK) if got[b:b + BLOCK] != want[b:b + BLOCK]}
+
+
+def placed(img):
+    """{guest offset: host offset} of data, in an image that is sound."""
+    out = must("qemu-img", "map", "-f", "qcow2", "--output=json", img)
+    return {m["start"] + i: m["offset"] + i for m in json.loads(out)
+            if m.get("depth") == 0 and m.get("data") and "offset" in m
+            for i in range(0, m["length"], BLOCK)}
+
+
+def destroyed(want, hosts, damaged, repaired):
+    """Bytes of the active disk that lay in their places before and do not now."""
+    n = 0
+    for guest, host in hosts.items():
+        block = want[guest:guest + BLOCK]
+        if damaged[host:host + BLOCK] == block != repaired[host:host + BLOCK] and any(block):
+            n += BLOCK
+    return n
+
+
+def fsck(data, folder):
+    path = os.path.join(folder, "fsck.raw")
+    with open(path, "wb") as f:
+        f.write(data)
+    code, _ = run("e2fsck", "-f", "-n", path)
+    os.unlink(path)
+    return "clean" if code == 0 else "errors"
+
+
+def size(n):
+    for unit, bits in (("MiB", 20), ("KiB", 10)):
+        if n >= 1 << bits:
+            return "%s %s" % ("%.1f" % (n / (1 << bits)) if n % (1 << bits) else n >> bits, unit)
+    return "%d bytes" % n
+
+
+# --- QEMU
+
+def qemu(folder, want, hosts):
+    """The row's cells: exit code, guest bytes, data destroyed in the file."""
+    img = os.path.join(folder, "img.qcow2")
+    before = read(img)
+    code, _ = run("qemu-img", "check", "-r", "all", "-f", "qcow2", img)
+    got = convert(img, salvage=True)
+    lost = destroyed(want[""], hosts, before, read(img))
+    if got is None:
+        guest = "not opened"
+    else:
+        bad = len(differing(got, want[""])) * BLOCK
+        guest = "right" if bad == 0 else size(bad) + " wrong"
+    for name in want:
+        if name and guest == "right":
+            snap = convert(img, name, True)
+            if snap is None:
+                guest = "right; a snapshot is gone"
+            elif snap != want[name]:
+                guest = "right; a snapshot is wrong"
+    return ["none (killed)" if code is None else str(code), guest, size(lost) if lost else "none"]
+
+
+# --- ours
+
+class Ours:
+    """One healing through an overlay, and what is wrong with it (self.wrong)."""
+
+    def __init__(self, kind, folder, want, name):
+        self.folder, self.want, self.wrong = folder, want, []
+        self.img = os.path.join(folder, "img.qcow2")
+        self.overlay = os.path.join(folder, "o.qcow2")
+        before = hashlib.sha256(read(self.img)).digest()
+        self.serve(kind, name)
+        if hashlib.sha256(read(self.img)).digest() != before:
+            self.wrong.append("the original was changed")
+        if self.served:
+            self.look()
+
+    def path(self, name):
+        return os.path.join(self.folder, name)
+
+    def serve(self, kind, name):
+        backing = "none" if name == "backing-missing" or name == "backing-outside" else "follow"
+        copies = ["timeout 30 nbdcopy \"$uri\" '%s'" % self.path("out.raw")]
+        for s in self.want:
+            copies.append("timeout 20 nbdcopy --synchronous \"nbd+unix:///%s?socket=$unixsocket\" '%s' 2>/dev/null || rm -f '%s'" % (
+                "snapshot%2F" + s if s else "lost%2Bfound", self.path("snap." + s), self.path("snap." + s)))
+        code, self.log = run(
+            "nbdkit", "-U", "-", os.environ["PLUGIN"], "file=" + self.img, "repair=all", "check=deep",
+            "backing=" + backing, "overlay=" + self.overlay, "report=" + self.path("report.json"),
+            "--run", "set -e; " + "; ".join(copies))
+        try:
+            self.report = json.loads(read(self.path("report.json")))
+        except FileNotFoundError:
+            self.report = {}
+        self.served = self.report.get("served", "no")
+        if self.served == "no":
+            self.wrong.append("not served: " + self.report.get("error", "exit %s" % code).replace(self.folder + "/", ""))
+            self.served = ""
+        elif code != 0:
+            self.wrong.append("served, but cannot be read")
+            self.served = ""
+
+    def codes(self):
+        return sorted({f["code"] for f in self.report.get("findings", [])})
+
+    def lost_blocks(self, snapshot):
+        out = set()
+        for r in self.report["lost"]["ranges"]:
+            if r.get("snapshot-name", "") == snapshot:
+                first = r["guest-offset"] // BLOCK * BLOCK
+                out |= set(range(first, r["guest-offset"] + r["guest-length"], BLOCK))
+        return out
+
+    def shared_blocks(self):
+        """Of guest clusters that are said to share a host cluster: which of them it
+        belonged to, nothing can tell.  S07: a snapshot's is in use by somebody else.
+        """
+        cs = self.report["cluster-size"]
+        places = [(f["guest-offset"], cs * f["count"]) for f in self.report["findings"]
+                  if f["code"] in ("T15", "S07") and "guest-offset" in f]
+        places += [(f["expected"], cs * f["count"]) for f in self.report["findings"]
+                   if f["code"] == "T15"]
+        return {b for at, n in places for b in range(at, at + n, BLOCK)}
+
+    def disk(self, snapshot, got):
+        """Every difference listed?"""
+        diff = differing(got, self.want[snapshot])
+        lost = self.lost_blocks(snapshot)
+        if diff - lost:
+            shared = (diff - lost) & self.shared_blocks()
+            self.shared += len(shared) * BLOCK
+            diff -= shared
+        whose = "snapshot %s: " % snapshot if snapshot else ""
+        if len(got) != len(self.want[snapshot]):
+            self.wrong.append("%sof another size" % whose)
+        if diff - lost:
+            self.unlisted(whose, diff - lost, self.want[snapshot])
+        return len(diff) * BLOCK, len(lost) * BLOCK
+
+    def unlisted(self, whose, blocks, want):
+        """Not listed as lost: at least reported, and kept for carving?"""
+        found = self.path("snap.")
+        kept = read(found) if os.path.exists(found) else b""
+        kept = {kept[i:i + BLOCK] for i in range(0, len(kept), BLOCK)}
+        missing = [b for b in blocks if any(want[b:b + BLOCK]) and want[b:b + BLOCK] not in kept]
+        if not whose and not missing and {"O01", "O02"} & set(self.codes()):
+            self.found = len(blocks) * BLOCK
+        else:
+            self.wrong.append("%s%s differ and are not listed" % (whose, size(len(blocks) * BLOCK)))
+
+    def look(self):
+        self.found = self.shared = 0
+        got = read(self.path("out.raw"))
+        self.differ, self.lost = self.disk("", got)
+        self.fsck = fsck(got, self.folder)
+        gone = [s["snapshot-name"] for s in self.report["lost"]["snapshots"]]
+        self.snapshots_lost = 0
+        for name in self.want:
+            if not name:
+                continue
+            if os.path.exists(self.path("snap." + name)):
+                self.disk(name, read(self.path("snap." + name)))
+            elif name in gone or "" in gone or len(gone) == 1:
+                self.snapshots_lost += 1
+            else:
+                self.wrong.append("snapshot %s is gone and not listed" % name)
+        self.nested(got)
+
+    def nested(self, got):
+        """Stock QEMU's opinion of the healed image, through the overlay."""
+        node = "json:" + json.dumps({"driver": "qcow2", "backing": None, "file": {
+            "driver": "qcow2", "file": {"driver": "file", "filename": self.overlay}}})
+        code, out = run("qemu-img", "check", node)
+        if "O01" in self.codes() or "O02" in self.codes():
+            if code not in (0, 3) or "ERROR" in out:
+                self.wrong.append("QEMU finds errors in the healed image")
+        elif code != 0 or "No errors were found" not in out:
+            self.wrong.append("QEMU finds errors in the healed image" if code != 3 else
+                              "QEMU finds leaks in the healed image")
+        if not self.report.get("sound") and not self.found:
+            self.wrong.append("damage remains")
+        if len(self.want) == 1 and not os.path.exists(self.path("base.qcow2")) \
+                and "backing" not in self.folder:
+            seen = convert(node)
+            if seen != got:
+                self.wrong.append("QEMU reads other bytes")
+
+    def cells(self):
+        if not self.served:
+            return ["refused", "FAILS: " + "; ".join(self.wrong)]
+        if self.found:
+            guest = "%s reported as orphaned, all of it in lost+found" % size(self.found)
+        elif self.lost:
+            guest = "%s lost and listed, all else right" % size(self.lost)
+        else:
+            guest = "right"
+        if self.shared:
+            guest += "; %s reported as shared by two places" % size(self.shared)
+        if self.snapshots_lost:
+            guest += "; %d snapshot%s lost and listed" % (self.snapshots_lost,
+                                                        "s" * (self.snapshots_lost > 1))
+        if self.wrong:
+            guest = "FAILS: " + "; ".join(self.wrong)
+        return [self.served, guest]
+
+
+# --- rows
+
+class Bench:
+    def __init__(self, folder):
+        self.folder = folder
+        self.disk = make_disk(folder)
+        self.made = {}
+
+    def prepare(self, names):
+        for kind in sorted({damage.CASES[n][0] for n in names}):
+            path = os.path.join(self.folder, kind)
+            want = make_image(kind, self.disk, path)
+            self.made[kind] = want, placed(os.path.join(path, "img.qcow2")), path
+
+    def copy(self, kind, to):
+        shutil.copytree(self.made[kind][2], to)
+        return to
+
+    def row(self, name, with_qemu):
+        kind, title, _ = damage.CASES[name]
+        want, hosts, _ = self.made[kind]
+        ours = self.copy(kind, os.path.join(self.folder, "ours." + name))
+        must(sys.executable, os.path.join(HERE, "mkimage", "damage.py"),
+             os.path.join(ours, "img.qcow2"), name)
+        if name == "snap-forgotten":    # a guest wrote since
+            want = {**want, "": want[""][:6 << 20] + b"M" * (400 << 10)
+                    + want[""][(6 << 20) + (400 << 10):]}
+        theirs = os.path.join(self.folder, "qemu." + name)
+        shutil.copytree(ours, theirs)
+        cells = ["`%s`" % name, title] + (qemu(theirs, want, hosts) if with_qemu else [])
+        cells += Ours(kind, ours, want, name).cells()
+        if not os.environ.get("KEEP"):
+            shutil.rmtree(ours)
+            shutil.rmtree(theirs)
+        return cells
+
+
+def rows(names, with_qemu):
+    folder = os.environ.get("KEEP")
+    if folder:
+        os.makedirs(folder)
+        return rows_in(folder, names, with_qemu)
+    with tempfile.TemporaryDirectory(prefix="qcow2repair-recovery.") as folder:
+        return rows_in(folder, names, with_qemu)
+
+
+def rows_in(folder, names, with_qemu):
+    bench = Bench(folder)
+    bench.prepare(names)
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda n: bench.row(n, with_qemu), names))
+
+
+def page(names):
+    with open(os.path.join(HERE, "recovery.head.md")) as f:
+        sys.stdout.write(f.read().replace("@QEMU@", must("qemu-img", "--version").split()[2]))
+    print("\n| case | damage | QEMU's exit code | guest disk | data destroyed | "
+          "qcow2repair serves | guest disk |")
+    print("|---|---|---|---|---|---|---|")
+    for cells in rows(names, True):
+        print("| %s |" % " | ".join(cells))
+
+
+def compare(path, names):
+    with open(path) as f:
+        known = {line.split(" | ")[0]: line.rstrip(" |\n").split(" | ")[-2:] for line in f
+                 if line.startswith("| `")}
+    sys.stdout.flush()
+    print("1..%d" % len(names))
+    failed = 0
+    for n, cells in enumerate(rows(names, False), 1):
+        want, got = known.get("| " + cells[0], ["no such row"]), cells[-2:]
+        known_bad, bad = want[-1].startswith("FAILS"), got[-1].startswith("FAILS")
+        good = not bad and (known_bad or got == want)
+        failed |= not good and not (bad and known_bad)
+        print("%s %d - %s%s" % ("ok" if good else "not ok", n, cells[1],
+                                " # TODO as on the page" if bad and known_bad else ""))
+        if got != want:
+            print("# got: %s\n# the page (made by `make recovery'): %s" % (got, want))
+    sys.exit(failed)
+
+
+def main(argv):
+    if argv[1:2] == ["page"]:
+        page(argv[2:] or list(damage.CASES))
+    elif argv[1:2] == ["compare"] and len(argv) > 3:
+        compare(argv[2], argv[3:])
+    else:
+        sys.exit(__doc__)
+
+
+main(sys.argv)
