@@ -14,6 +14,10 @@
  * "refcounts" the mapping is not touched, and the structure is made anew
  * elsewhere as if nothing had been said here (R14, R23): both findings stand.
  *
+ * Where it is not, it gives way, with two exceptions that cost the guest nothing:
+ * a data cluster of zeros reads the same once it is lost, and a compressed stream
+ * that does not decode holds no data.
+ *
  * Deliberately not here: structures on other metadata than L2 tables; they lose.
  */
 #include <errno.h>
@@ -23,6 +27,7 @@
 #include "base/cleanup.h"
 #include "base/num.h"
 #include "check/check-int.h"
+#include "fmt/inflate.h"
 #include "fmt/refbits.h"
 
 #define SAMPLE   8              /* blocks of a table that are looked at */
@@ -139,6 +144,20 @@ weigh_table (struct checker *k, bool *sound, struct err *err)
 }
 
 static int
+weigh_zeros (struct checker *k, struct rt_doubt *d, struct err *err)
+{
+  CLEANUP_FREE uint8_t *buf = malloc (k->g->cluster_size);
+  uint64_t words = k->g->cluster_size / 8;
+
+  if (buf == NULL)
+    return err_set (err, ENOMEM, "out of memory");
+  d->zeros = bdev_pread_padded (k->d, buf, k->g->cluster_size, d->ci << k->g->cluster_bits,
+                                NULL) == 0
+             && zero_words (buf, words) == words;
+  return 0;
+}
+
+static int
 compare_rt_doubts (const void *pa, const void *pb)
 {
   const struct rt_doubt *a = pa, *b = pb;
@@ -166,6 +185,8 @@ weigh_rt_doubts (struct checker *k, struct err *err)
     }
     if (d->index == RT_DOUBT_TABLE)
       d->sound = table_sound;
+    if (r == 0 && !d->sound)
+      r = weigh_zeros (k, d, err);
   }
   if (v->len)
     qsort (v->ptr, v->len, sizeof *v->ptr, compare_rt_doubts);
@@ -186,16 +207,34 @@ structure_owner (const struct rt_doubt *d)
   return o;
 }
 
-/* Entry i of table t names cluster d->ci. */
+static bool
+stream_decodes (struct checker *k, const struct l2_entry *e)
+{
+  CLEANUP_FREE uint8_t *in = malloc (e->host_len), *out = malloc (k->g->cluster_size);
+
+  return in && out && bdev_pread_padded (k->d, in, e->host_len, e->host_off, NULL) == 0
+         && inflate_cluster (k->c->header.compression_type, in, e->host_len, out,
+                             k->g->cluster_size, NULL) == 0;
+}
+
+/* Is there nothing in it that the guest could lose? */
+static bool
+holds_nothing (struct checker *k, const struct rt_doubt *d, const struct l2_entry *e)
+{
+  return e->kind == CLUSTER_COMPRESSED ? !stream_decodes (k, e) : d->zeros;
+}
+
+/* Entry i of table t, decoded to e, names cluster d->ci. */
 static int
 settle_entry (struct checker *k, struct finding_batch *b, const struct rt_doubt *d,
-              const struct l2_table *t, uint64_t i, uint64_t raw, struct err *err)
+              const struct l2_table *t, uint64_t i, const struct l2_entry *e, uint64_t raw,
+              struct err *err)
 {
   struct owner data = data_owner (k, t, i, 1), structure = structure_owner (d);
   uint64_t off = d->ci << k->g->cluster_bits;
   int r;
 
-  if (!d->sound)
+  if (!d->sound && !holds_nothing (k, d, e))
     return conflict_add (k, off, k->g->cluster_size, data, structure, err);
   r = conflict_add (k, off, k->g->cluster_size, structure, data, err);
   return r < 0 ? r : lose_entries (k, b, t, FINDING_L2_ENTRY_OVERLAP, i, 1, raw, err);
@@ -241,7 +280,7 @@ settle_table (struct checker *k, void *opaque, size_t n, const uint8_t *buf, int
     last = (e.host_off + e.host_len - 1) >> k->g->cluster_bits;
     for (size_t j = first_doubt (k, ci); j < k->rt_doubts.len && r == 0 &&
          k->rt_doubts.ptr[j].ci <= last; ++j)
-      r = settle_entry (k, &b, &k->rt_doubts.ptr[j], t, i, raw, err);
+      r = settle_entry (k, &b, &k->rt_doubts.ptr[j], t, i, &e, raw, err);
   }
   if (finding_batch_flush (&b) < 0 && r == 0)
     r = err_set (err, ENOMEM, "out of memory");

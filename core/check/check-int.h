@@ -72,6 +72,7 @@ struct rt_doubt {
   uint64_t ci;
   uint64_t index;               /* refcount table entry, or RT_DOUBT_TABLE: the table itself */
   bool sound;                   /* it holds refcounts (or entries) that make sense */
+  bool zeros;                   /* it does not, and holds nothing else either */
 };
 DEFINE_VEC (rt_doubt_vec, struct rt_doubt);
 #define RT_DOUBT_TABLE UINT64_MAX
