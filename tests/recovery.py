@@ -114,7 +114,7 @@ def write(img, n):
 
 def convert(img, snapshot="", salvage=False):
     """The bytes of a disk as stock QEMU reads them, None if it does not open it."""
-    out = (img if not img.startswith("json:") else "/tmp/none") + ".raw"
+    out = img + ".raw"
     if img.startswith("json:"):
         out = json.loads(img[5:])["file"]["file"]["filename"] + ".raw"
     args = ["-l", "snapshot.name=" + snapshot] if snapshot else []
@@ -289,6 +289,7 @@ class Ours:
         got = read(self.path("out.raw"))
         self.differ, self.lost = self.disk("", got)
         self.fsck = fsck(got, self.folder)
+        self.snapshot_bytes = self.report["lost"]["bytes"] - self.report["lost"]["active-bytes"]
         gone = [s["snapshot-name"] for s in self.report["lost"]["snapshots"]]
         self.snapshots_lost = 0
         for name in self.want:
@@ -332,6 +333,8 @@ class Ours:
             guest = "right"
         if self.shared:
             guest += "; %s reported as shared by two places" % size(self.shared)
+        if self.snapshot_bytes:
+            guest += "; %s of snapshots lost and listed" % size(self.snapshot_bytes)
         if self.snapshots_lost:
             guest += "; %d snapshot%s lost and listed" % (self.snapshots_lost,
                                                         "s" * (self.snapshots_lost > 1))
@@ -365,8 +368,8 @@ class Bench:
         must(sys.executable, os.path.join(HERE, "mkimage", "damage.py"),
              os.path.join(ours, "img.qcow2"), name)
         if name == "snap-forgotten":    # a guest wrote since
-            want = {**want, "": want[""][:6 << 20] + b"M" * (400 << 10)
-                    + want[""][(6 << 20) + (400 << 10):]}
+            want = {**want, "": want[""][:14 << 20] + b"M" * (40 << 10)
+                    + want[""][(14 << 20) + (40 << 10):]}
         theirs = os.path.join(self.folder, "qemu." + name)
         shutil.copytree(ours, theirs)
         cells = ["`%s`" % name, title] + (qemu(theirs, want, hosts) if with_qemu else [])
