@@ -63,22 +63,26 @@ zero_entry (struct heal *h, uint64_t *raw, uint64_t *bitmap, struct err *err)
   return 0;
 }
 
-/* Guest clusters that entry l1_index of a disk of the virtual size can map. */
+/* Guest clusters that entry l1_index of a table can map: a snapshot's disk may have
+ * been larger than the active one is now.
+ */
 static uint64_t
-entries_in_use (const struct heal *h, uint64_t l1_index)
+entries_in_use (const struct heal *h, int32_t snapshot_index, uint64_t l1_index)
 {
   uint64_t size = h->c->header.size, from = l1_index * h->g.l2_coverage;
 
+  if (snapshot_index != FINDING_ACTIVE && h->c->snapshots.ptr[snapshot_index].size)
+    size = h->c->snapshots.ptr[snapshot_index].size;
   return size > from ? MIN (DIV_ROUND_UP (size - from, h->g.cluster_size), h->g.l2_entries)
                      : 0;
 }
 
-/* A new L2 table that reads as zeros: *raw is an L1 entry that names it. */
+/* A new L2 table of which n entries read as zeros: *raw is an L1 entry that names it. */
 static int
-place_zero_table (struct heal *h, uint64_t l1_index, uint64_t *raw, struct err *err)
+place_zero_table (struct heal *h, uint64_t n, uint64_t *raw, struct err *err)
 {
   CLEANUP_FREE uint8_t *table = calloc (1, h->g.cluster_size);
-  uint64_t host_off, n = entries_in_use (h, l1_index);
+  uint64_t host_off;
   int r;
 
   if (!table)
@@ -104,6 +108,7 @@ static int
 fix_l1_entry (struct fix *f, uint64_t i, uint64_t *raw, struct err *err)
 {
   struct heal *h = f->h;
+  uint64_t n;
 
   if (f->run->fix == BAD_RESERVED) {
     *raw &= ~L1E_RESERVED_MASK;
@@ -112,7 +117,8 @@ fix_l1_entry (struct fix *f, uint64_t i, uint64_t *raw, struct err *err)
   }
   h->res->entries_cleared++;
   *raw = 0;
-  return has_backing (h) && entries_in_use (h, i) ? place_zero_table (h, i, raw, err) : 0;
+  n = has_backing (h) ? entries_in_use (h, f->run->snapshot_index, i) : 0;
+  return n ? place_zero_table (h, n, raw, err) : 0;
 }
 
 static void
@@ -186,6 +192,14 @@ fix_entries (struct fix *f, uint8_t *buf, uint64_t i, uint64_t n, struct err *er
   return r;
 }
 
+/* Do entries of this run get clusters, whose contents must be there before the entries? */
+static bool
+places_clusters (const struct fix *f)
+{
+  return f->run->fix == BAD_LOST && has_backing (f->h)
+         && (f->run->in_l1 || f->h->g.version < 3);
+}
+
 static int
 fix_run (struct fix *f, struct err *err)
 {
@@ -201,6 +215,8 @@ fix_run (struct fix *f, struct err *err)
     r = bdev_pread_padded (f->h->d, buf, n * step, host_off, err);
     if (r == 0)
       r = fix_entries (f, buf, run->index + i, n, err);
+    if (r == 0 && places_clusters (f))
+      r = bdev_flush (f->h->d, err);            /* I4 */
     if (r == 0)
       r = heal_write (f->h, buf, n * step, host_off, err);
   }
@@ -212,7 +228,7 @@ static int
 find_guest_off (struct fix *f, bool *found, struct err *err)
 {
   const struct header *header = &f->h->c->header;
-  uint64_t bytes = (uint64_t) header->l1_entries * 8;
+  uint64_t nr = f->h->c->l1_entries_followed, bytes = nr * 8;
   CLEANUP_FREE uint8_t *l1 = malloc (MAX (bytes, 1));
   int r;
 
@@ -220,7 +236,7 @@ find_guest_off (struct fix *f, bool *found, struct err *err)
   if (!l1)
     return err_set (err, ENOMEM, "out of memory");
   r = bdev_pread_padded (f->h->d, l1, bytes, header->l1_host_off, err);
-  for (uint64_t i = 0; r == 0 && !*found && i < header->l1_entries; ++i)
+  for (uint64_t i = 0; r == 0 && !*found && i < nr; ++i)
     if ((load_be64 (l1 + i * 8) & L1E_OFF_MASK) == f->run->table_host_off) {
       f->guest_off = i * f->h->g.l2_coverage;
       *found = true;

@@ -252,14 +252,21 @@ run_takes (const struct collector *k, const struct bad_run *run)
          && (run->fix == BAD_LOST || run->fix == BAD_UNREADABLE);
 }
 
-/* Entry i's own run, if it is in the list as lost; NULL if it can be followed. */
+/* Entry i's own run, if it is in the list as lost; NULL if it can be followed.  *at is
+ * where the search goes on: i only grows, and there may be millions of runs.
+ */
 static const struct bad_run *
-l1_run (const struct collector *k, uint64_t l1_host_off, uint64_t i)
+l1_run (const struct collector *k, uint64_t l1_host_off, uint64_t i, size_t *at)
 {
   const struct bad_run_vec *v = &k->c->bad;
+  size_t j = *at;
 
-  for (size_t j = find_table (v, l1_host_off);
-       j < v->len && v->ptr[j].table_host_off == l1_host_off && v->ptr[j].index <= i; ++j)
+  while (j < v->len && v->ptr[j].table_host_off == l1_host_off
+         && (uint64_t) v->ptr[j].index + v->ptr[j].count <= i)
+    ++j;
+  *at = j;
+  /* Runs of several fates may begin at one entry. */
+  for (; j < v->len && v->ptr[j].table_host_off == l1_host_off && v->ptr[j].index <= i; ++j)
     if (run_takes (k, &v->ptr[j]) && i - v->ptr[j].index < v->ptr[j].count)
       return &v->ptr[j];
   return NULL;
@@ -270,6 +277,7 @@ walk_l1 (struct collector *k, uint64_t l1_host_off, uint64_t nr, struct err *err
 {
   CLEANUP_FREE uint8_t *l1 = malloc (MAX (nr * 8, 1));
   uint64_t coverage = k->c->geom.l2_coverage;
+  size_t at = find_table (&k->c->bad, l1_host_off);
   int r;
 
   if (!l1)
@@ -278,7 +286,7 @@ walk_l1 (struct collector *k, uint64_t l1_host_off, uint64_t nr, struct err *err
     return 0;                   /* the check said so */
   r = 0;
   for (uint64_t i = 0; r == 0 && i < nr; ++i) {
-    const struct bad_run *run = l1_run (k, l1_host_off, i);
+    const struct bad_run *run = l1_run (k, l1_host_off, i, &at);
     uint64_t l2_host_off = load_be64 (l1 + i * 8) & L1E_OFF_MASK;
 
     if (run)
