@@ -37,11 +37,6 @@ heal_all_needed (const struct check *c)
   return any_entry (c);
 }
 
-/* until the files are there */
-__attribute__ ((weak)) int heal_header (struct heal *h, struct lost *lost, struct err *err) { return 0; }
-__attribute__ ((weak)) int heal_snapshots (struct heal *h, struct lost *lost, struct err *err) { return 0; }
-__attribute__ ((weak)) int heal_bitmaps (struct heal *h, struct err *err) { return 0; }
-
 static uint64_t
 work_done (const struct heal_result *res)
 {
