@@ -76,7 +76,7 @@ is_printable (uint8_t c)
   return c >= 0x20 && c != 0x7f;        /* names may be UTF-8 */
 }
 
-bool
+static bool
 bytes_printable (const uint8_t *p, uint64_t n)
 {
   for (uint64_t i = 0; i < n; ++i)

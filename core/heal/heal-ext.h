@@ -26,9 +26,6 @@ uint64_t ext_list_cut (struct ext_list *l, const struct header_ext *ext);
 /* Mend every extension that reaches past its space, or end the list there. */
 int ext_list_mend (struct heal *h, struct err *err);
 
-/* Could these n bytes be text: a format, a file name? */
-bool bytes_printable (const uint8_t *p, uint64_t n);
-
 /* Bytes of text at off, up to limit. */
 uint64_t printable_run (const uint8_t *p, uint64_t off, uint64_t limit);
 

@@ -70,23 +70,18 @@ find_name (const struct ext_list *l, uint64_t *off, uint32_t *len, struct err *e
   return r;
 }
 
-/* Is the name not where the header says?  Also if it says so in the midst of the extensions. */
 static bool
-name_misplaced (const struct ext_list *l)
+name_outside (const struct header *header)
 {
-  const struct header *header = &l->header;
-  uint64_t limit = UINT64_C (1) << header->cluster_bits;
-
-  if (header->backing_off == 0 || header->backing_len == 0)
-    return false;
-  if (header->backing_len > MAX_BACKING_NAME ||
-      !range_fits (header->backing_off, header->backing_len, limit))
-    return true;
-  return header->exts_damaged && !bytes_printable (l->cluster + header->backing_off,
-                                                   header->backing_len);
+  return header->backing_off && header->backing_len &&
+         (header->backing_len > MAX_BACKING_NAME ||
+          !range_fits (header->backing_off, header->backing_len,
+                       UINT64_C (1) << header->cluster_bits));
 }
 
-/* last: nothing is left to be mended that could tell more. */
+/* A place in the midst of the extensions makes these look damaged.  last: nothing is
+ * left to be mended that could tell more.
+ */
 static int
 mend_name (struct heal *h, bool last, struct err *err)
 {
@@ -95,17 +90,17 @@ mend_name (struct heal *h, bool last, struct err *err)
   uint64_t off = 0;
   uint32_t len = 0;
   int r = ext_list_read (h, &l, err);
+  bool outside = r == 0 && name_outside (&l.header);
 
-  if (r == 0 && name_misplaced (&l)) {
+  if (outside || (r == 0 && l.header.backing_off && l.header.exts_damaged))
     r = find_name (&l, &off, &len, err);
-    if (r == 0 && (off || last)) {
-      if (off) {
-        store_be64 (fields, off);
-        store_be32 (fields + 8, len);
-      }
-      h->res->structures++;
-      r = heal_write (h, fields, sizeof fields, HEADER_OFF_BACKING_OFF, err);
+  if (r == 0 && (off || (outside && last))) {
+    if (off) {
+      store_be64 (fields, off);
+      store_be32 (fields + 8, len);
     }
+    h->res->structures++;
+    r = heal_write (h, fields, sizeof fields, HEADER_OFF_BACKING_OFF, err);
   }
   ext_list_reset (&l);
   return r;
