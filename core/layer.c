@@ -150,6 +150,9 @@ heal_and_check (struct layer *l, enum repair_level level, const struct check_opt
     r = check_run (l->healed, copts, &l->after, err);
   if (r == 0)
     r = heal_finish (l->healed, l->after, &l->result, err);
+  /* In RAM nobody writes, so nothing is gained by copies there. */
+  if (r == 0 && level >= REPAIR_ALL && l->overlay)
+    r = heal_split (l->healed, &l->after, copts, &l->result, err);
   return r;
 }
 

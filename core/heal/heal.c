@@ -38,7 +38,8 @@ bool
 heal_needed (const struct check *c, enum repair_level level)
 {
   return (level > REPAIR_OFF && any_at_level (c, level, SEV_LEAK))
-         || (level >= REPAIR_ALL && heal_all_needed (c));
+         || (level >= REPAIR_ALL
+             && (heal_all_needed (c) || findings_has (&c->findings, FINDING_CLUSTER_SHARED)));
 }
 
 static int

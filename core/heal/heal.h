@@ -62,7 +62,15 @@ int heal_all (struct bdev *d, struct check **c, const struct check_options *copt
 /* Would heal_all do anything? */
 bool heal_all_needed (const struct check *c);
 
-/* Would heal_run or heal_finish write anything? */
+/* Level all, after heal_finish: give guest clusters that share a host cluster one
+ * each, where that can be done (res->clusters_split, clusters_unsplit).  *c is the check of d,
+ * and is replaced by a newer one if anything was written.  Having no room is no
+ * error, since sharing harms nobody before a write.  d must be an overlay that stays.
+ */
+int heal_split (struct bdev *d, struct check **c, const struct check_options *copts,
+                struct heal_result *res, struct err *err);
+
+/* Would heal_run, heal_finish, heal_all or heal_split write anything? */
 bool heal_needed (const struct check *c, enum repair_level level);
 
 #endif /* QR_HEAL_HEAL_H */

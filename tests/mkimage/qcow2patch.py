@@ -35,6 +35,8 @@ Damaging:
     all-refcounts VALUE     every refcount that is stored as not 0
     leak N                  the N highest free clusters with refcount 0 get 1
     l1 I VALUE, l2 GUEST VALUE
+    bitmap GUEST VALUE      subclusters of an extended L2 entry
+    share FROM TO N         N guest clusters from TO on get the entries of those from FROM on
     copied set|clear|flip l1|l2 I|all
     write OFFSET HEXBYTES
     add-ext TYPE HEXBYTES   a header extension after the others
@@ -459,7 +461,8 @@ def look(img, cmd, a):
         print("\n".join(map(str, img.free())))
     elif cmd == "l2-all":
         for e in img.l1():
-            for e2 in img.table(e & OFF_MASK, img.cs // 8) if e & OFF_MASK else []:
+            table = img.table(e & OFF_MASK, img.cs // 8) if e & OFF_MASK else []
+            for e2 in table[::img.l2e // 8]:
                 if e2:
                     print("0x%016x" % e2)
     elif cmd == "ext":
@@ -520,6 +523,11 @@ def damage(img, cmd, a):
         img.write(img.h["l1_table_offset"] + num(a[0]) * 8, struct.pack(">Q", num(a[1])))
     elif cmd == "l2":
         img.write(img.active_l2(num(a[0])), struct.pack(">Q", num(a[1])))
+    elif cmd == "bitmap":
+        img.write(img.active_l2(num(a[0])) + 8, struct.pack(">Q", num(a[1])))
+    elif cmd == "share":
+        for i in range(num(a[2])):
+            img.write(img.active_l2(num(a[1]) + i), img.read(img.active_l2(num(a[0]) + i), img.l2e))
     elif cmd == "copied":
         copied(img, *a)
     elif cmd == "mutate":
