@@ -56,7 +56,9 @@ is_prefix (const struct bitmap_state_vec *v, uint64_t *len)
   return prefix;
 }
 
-/* Write a directory of len bytes without the damaged ones. *host_off: in the old one's place, out the new. */
+/* Write a directory of len bytes without the damaged ones.  *host_off: the old one's place,
+ * then the new one's.
+ */
 static int
 write_directory (struct heal *h, uint64_t len, uint64_t *host_off, struct err *err)
 {

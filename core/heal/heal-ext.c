@@ -166,8 +166,9 @@ list_goes_on (const uint8_t *cluster, uint64_t off, uint64_t limit)
 
   if (off > limit)
     return false;
-  return (range_fits (off, EXT_HEADER_LENGTH, limit) && type_is_known (load_be32 (cluster + off))) ||
-         list_is_sound (cluster, off, limit, &known);
+  if (range_fits (off, EXT_HEADER_LENGTH, limit) && type_is_known (load_be32 (cluster + off)))
+    return true;
+  return list_is_sound (cluster, off, limit, &known);
 }
 
 /* --- the right length */
@@ -194,7 +195,8 @@ whole_feature_names (const uint8_t *cluster, const struct header_ext *e, uint64_
        len += FEATURE_NAME_ENTRY_LENGTH) {
     const uint8_t *p = cluster + e->host_off + len;
 
-    if (p[0] > FEATURE_AUTOCLEAR || p[1] > 63 || printable_run (p, 2, FEATURE_NAME_ENTRY_LENGTH) == 0)
+    if (p[0] > FEATURE_AUTOCLEAR || p[1] > 63 ||
+        printable_run (p, 2, FEATURE_NAME_ENTRY_LENGTH) == 0)
       break;
   }
   return len;
@@ -255,7 +257,9 @@ end_list (struct heal *h, uint64_t off, struct err *err)
   return heal_write (h, end, sizeof end, off, err);
 }
 
-/* The extension to be mended.  limit: where the name of the backing file begins, or the cluster ends. */
+/* The extension to be mended.  limit: where the name of the backing file begins, or the
+ * cluster ends.
+ */
 static struct header_ext
 find_culprit (const struct ext_list *l, uint64_t limit)
 {

@@ -7,10 +7,10 @@
  * Entries that were cut off by the end of the file are zeros in it; that they are lost,
  * and what is to become of them where there is a backing file, heal_entries knows.
  *
- * The name of the backing file is not in the L1 table's class: nothing else says it.  But QEMU
- * writes it right behind the extensions and fills the rest with zeros, so if
- * either its place or its length is right, the other follows.  If not, the image goes
- * on without: a name that is guessed could be that of another disk.
+ * The name of the backing file is said nowhere else.  But QEMU writes it right behind
+ * the extensions and fills the rest with zeros, so if either its place or its length is
+ * right, the other follows.  If not, the image goes on without: a name that is guessed
+ * could be that of another disk.
  *
  * Deliberately not here: the fields of the refcount structure (heal-refcounts.c),
  * of the snapshot table (heal-snapshots.c), and the feature bits (heal_finish).

@@ -81,7 +81,8 @@ heal_patient_at (struct bdev *d, struct patient *p, const char *want, const char
   check_free (c);
   snprintf (path, sizeof path, "%s/disk.qcow2", p->folder);
   save_image (d, path);
-  if (run ("cd %s && truncate -s 8M base.raw && qemu-img check -f qcow2 disk.qcow2 >check.log 2>&1", p->folder) != 0) {
+  if (run ("cd %s && truncate -s 8M base.raw && "
+           "qemu-img check -f qcow2 disk.qcow2 >check.log 2>&1", p->folder) != 0) {
     char *cmd;
 
     if (asprintf (&cmd, "cat %s/check.log >&2", p->folder) > 0 && system (cmd) != 0)
