@@ -1,0 +1,54 @@
+#!/bin/bash
+# A damaged bitmap, for which QEMU would not open the image, goes; the others stay.
+. "$(dirname "$0")/../lib.sh"
+
+make_image sound.qcow2 8M
+io sound.qcow2 'write -P 1 0 1M'
+for b in alpha beta gamma; do qemu-img bitmap --add sound.qcow2 $b; done
+io sound.qcow2 'write -P 2 512k 1M'
+guest_raw sound.qcow2 sound.raw
+eval "$(python3 - sound.qcow2 <<'P'
+import struct, sys
+b = open(sys.argv[1], "rb").read()
+off = struct.unpack_from(">I", b, 100)[0]
+while struct.unpack_from(">I", b, off)[0] != 0x23852875:
+    off += 8 + (struct.unpack_from(">I", b, off + 4)[0] + 7) // 8 * 8
+off += 8
+print("ext=%d" % off)
+entry = struct.unpack_from(">Q", b, off + 16)[0]
+for i in range(3):
+    print("entry_%d=%d" % (i, entry))
+    name, extra = struct.unpack_from(">HI", b, entry + 18)
+    entry = (entry + 24 + name + extra + 7) // 8 * 8
+P
+)"
+
+# keeps NAME "BITMAPS" CODE COMMAND...
+keeps ()
+{
+  local name=$1 left=$2 code=$3 before
+  shift 3
+
+  cp sound.qcow2 d.qcow2
+  patch d.qcow2 "$@"
+  ok "$name: QEMU does not open it, or finds errors" not img_check_clean -f qcow2 d.qcow2
+  rm -f d.overlay report.json
+  before=$(sha256 d.qcow2)
+  ok "$name: heals and serves" serve d.qcow2 repair=all overlay=d.overlay \
+    report=report.json --run "$copy_out" || return
+  ok "$name: guest bytes are right" cmp out.raw sound.raw
+  healed_file d.overlay healed.qcow2
+  ok "$name: QEMU finds it clean" img_check_clean -f qcow2 healed.qcow2
+  is "$name: what is left" "$(qemu-img info -f qcow2 --output=json healed.qcow2 |
+    jq -r '[."format-specific".data.bitmaps[]?.name] | join(" ")')" "$left"
+  ok "$name: there can be new ones" eval 'qemu-img bitmap --add healed.qcow2 new && img_check_clean -f qcow2 healed.qcow2'
+  ok "$name: the report names $code" report_has "$code"
+  is "$name: the source is as it was" "$(sha256 d.qcow2)" "$before"
+}
+
+keeps "the first" "beta gamma" X02  write "$entry_0" 0000010000000000
+keeps "the middle" "alpha gamma" X02  write "$entry_1" 0000000000000003
+keeps "the last" "alpha beta" X02  write "$entry_2" 0000010000000000
+keeps "the directory is nowhere" "" X01  write $((ext + 16)) 0000010000000000
+keeps "the directory does not add up" "" X01  write $((ext + 8)) 0000000000000028
+done_testing
