@@ -186,28 +186,37 @@ compare_u64s (const void *pa, const void *pb)
   return *a < *b ? -1 : *a > *b;
 }
 
-/* Are these L1 entries?  *any: not all of them are 0. */
+/* Could it name an L2 table: one of its own, or one that a snapshot has, too? */
+static bool
+names_table (const struct checker *k, uint64_t raw)
+{
+  uint64_t off = raw & L1E_OFF_MASK;
+
+  return entry_possible (k, raw)
+         && (ownermap_get (k->meta, off >> k->g->cluster_bits) == 0 || l2_set_find (&k->l2, off));
+}
+
+/* Of nr words, how many that are not 0 can be L1 entries, and how many cannot? */
 static int
-look_like_entries (const struct checker *k, const uint64_t *p, uint64_t nr, bool *yes, bool *any,
-                   struct err *err)
+weigh_entries (const struct checker *k, const uint64_t *p, uint64_t nr, uint64_t *good,
+               uint64_t *bad, struct err *err)
 {
   struct u64_vec offs = VEC_INIT;
   int r = 0;
 
-  *yes = true;
-  for (uint64_t i = 0; i < nr && *yes && r == 0; ++i) {
-    uint64_t off = p[i] & L1E_OFF_MASK;
-
+  *good = *bad = 0;
+  for (uint64_t i = 0; i < nr && r == 0; ++i) {
     if (p[i] == 0)
       continue;
-    *yes = entry_possible (k, p[i]) && ownermap_get (k->meta, off >> k->g->cluster_bits) == 0;
-    r = u64_vec_push (&offs, off);
+    if (names_table (k, p[i]))
+      r = u64_vec_push (&offs, p[i] & L1E_OFF_MASK);
+    else
+      ++*bad;
   }
-  *any = offs.len > 0;
   if (offs.len)
     qsort (offs.ptr, offs.len, sizeof *offs.ptr, compare_u64s);
-  for (size_t i = 1; i < offs.len && *yes; ++i)
-    *yes = offs.ptr[i] != offs.ptr[i - 1];
+  for (size_t i = 0; i < offs.len; ++i)
+    ++*(i && offs.ptr[i] == offs.ptr[i - 1] ? bad : good);
   vec_reset (&offs);
   return r < 0 ? err_set (err, ENOMEM, "out of memory") : 0;
 }
@@ -224,18 +233,21 @@ clusters_free (const struct checker *k, uint64_t off, uint64_t end)
                           (uint64_t) h->rt_clusters << k->g->cluster_bits);
 }
 
-/* Take entries [k->nr_l1, to), if that is what lies there.  fresh: these clusters are
- * not the table's yet.  *taken tells.
+/* Take entries [k->nr_l1, to), if that is what lies there.  In the table's own
+ * last cluster it is, unless most of it is impossible; in others (fresh), which
+ * may be anybody's, all of it must be possible.  *taken tells; *nothing: there are
+ * only zeros, so that nothing is lost if they are not taken.
  */
 static int
-take_entries (struct checker *k, uint64_t to, bool fresh, bool *taken, struct err *err)
+take_entries (struct checker *k, uint64_t to, bool fresh, bool *taken, bool *nothing,
+              struct err *err)
 {
-  uint64_t first = k->nr_l1, nr = to - first, off = k->c->header.l1_host_off;
+  uint64_t first = k->nr_l1, nr = to - first, off = k->c->header.l1_host_off, good = 0, bad = 0;
   uint64_t *p;
-  bool ok, any = false;
+  bool ok;
   int r;
 
-  *taken = nr == 0;
+  *taken = *nothing = nr == 0;
   if (nr == 0 || (fresh && !clusters_free (k, off + first * 8, off + to * 8)))
     return 0;
   p = realloc (k->l1, to * 8);
@@ -244,8 +256,9 @@ take_entries (struct checker *k, uint64_t to, bool fresh, bool *taken, struct er
   k->l1 = p;
   r = load_entries (k, p + first, first, nr, &ok, err);
   if (r == 0 && ok)
-    r = look_like_entries (k, p + first, nr, &ok, &any, err);
-  if (r < 0 || !ok || (fresh && !any))
+    r = weigh_entries (k, p + first, nr, &good, &bad, err);
+  *nothing = ok && good + bad == 0;
+  if (r < 0 || !ok || (fresh ? bad > 0 || good == 0 : bad > good))
     return r;
   if (fresh)
     r = claim_meta (k, off + first * 8, nr * 8, NULL, err);
@@ -256,11 +269,21 @@ take_entries (struct checker *k, uint64_t to, bool fresh, bool *taken, struct er
   return r;
 }
 
+/* What the entries from k->nr_l1 on would map is lost: others have their place. */
+static int
+lose_tail (struct checker *k, struct err *err)
+{
+  return bad_add (k, (struct bad_run) {
+      .table_host_off = k->c->header.l1_host_off, .index = k->nr_l1,
+      .count = k->c->l1_entries_right - k->nr_l1, .in_l1 = true,
+      .snapshot_index = FINDING_ACTIVE, .why = FINDING_L1_TOO_SMALL, .fix = BAD_UNREADABLE }, err);
+}
+
 int
 check_l1_tail (struct checker *k, struct err *err)
 {
   uint64_t right = k->c->l1_entries_right, inside, own;
-  bool taken;
+  bool taken, nothing;
   int r;
 
   if (!findings_has (&k->c->findings, FINDING_L1_TOO_SMALL) || k->l1 == NULL ||
@@ -269,9 +292,11 @@ check_l1_tail (struct checker *k, struct err *err)
   inside = MIN (right, (k->c->file_size - k->c->header.l1_host_off) / 8);
   own = ROUND_UP (k->nr_l1 * 8, k->g->cluster_size) / 8;
   own = MAX (MIN (own, inside), k->nr_l1);
-  r = take_entries (k, own, false, &taken, err);
+  r = take_entries (k, own, false, &taken, &nothing, err);
   if (r == 0 && taken)
-    r = take_entries (k, MAX (inside, k->nr_l1), true, &taken, err);
+    r = take_entries (k, MAX (inside, k->nr_l1), true, &taken, &nothing, err);
+  if (r == 0 && !taken && !nothing)
+    r = lose_tail (k, err);
   /* What is left of its own last cluster past the end of the file is room, too. */
   if (!taken || ROUND_UP (k->nr_l1 * 8, k->g->cluster_size) < right * 8)
     k->c->l1_must_move = true;

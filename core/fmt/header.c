@@ -105,6 +105,22 @@ header_usable (const struct header *h, struct err *err)
   return check_features (h, err);
 }
 
+/* Lengths that the specification leaves no choice about. */
+static bool
+ext_length_possible (const struct header_ext *ext)
+{
+  switch (ext->type) {
+  case EXT_BITMAPS:
+    return ext->len == BITMAPS_EXT_LENGTH;
+  case EXT_CRYPTO_HEADER:
+    return ext->len == CRYPTO_EXT_LENGTH;
+  case EXT_FEATURE_NAMES:
+    return ext->len % FEATURE_NAME_ENTRY_LENGTH == 0;
+  default:
+    return true;
+  }
+}
+
 int
 header_decode_extensions (const uint8_t *cluster, struct header *h, struct err *err)
 {
@@ -132,6 +148,11 @@ header_decode_extensions (const uint8_t *cluster, struct header *h, struct err *
       return 0;
     if (header_ext_vec_push (&h->exts, ext) < 0)
       return err_set (err, ENOMEM, "out of memory");
+    /* Where the next one begins is unknown then. */
+    if (!ext_length_possible (&ext)) {
+      h->exts_damaged = true;
+      return 0;
+    }
     off = ROUND_UP (ext.host_off + ext.len, 8);
     h->exts_end = MIN (off, limit);
   }

@@ -44,7 +44,7 @@ struct header {
   uint8_t compression_type;
   /* From header_decode_extensions. */
   struct header_ext_vec exts;
-  bool exts_damaged;            /* an extension does not fit in the first cluster */
+  bool exts_damaged;            /* an extension is longer than its space or has an impossible length */
   uint64_t exts_end;            /* offset of the first byte after the last sound one */
 };
 

@@ -699,7 +699,7 @@ test_encryption_header (void **state)
   expect (bdev_ref (d), want, true);
   put64 (d, ext + 8, UINT64_MAX);
   expect (bdev_ref (d), want, true);
-  put32 (d, ext - 8, EXT_FEATURE_NAMES);        /* the extension is gone */
+  put32 (d, ext - 8, EXT_BACKING_FORMAT);       /* the extension is gone */
   expect (d, want, true);
 }
 

@@ -402,6 +402,7 @@ test_l1_size (void **state)
 {
   struct bdev *d = four_tables ("");
   struct check *c;
+  uint64_t other;
 
   put32 (d, HEADER_OFF_L1_SIZE, 1);
   c = check_image (d);
@@ -410,12 +411,20 @@ test_l1_size (void **state)
   assert_int_equal (c->l1_entries_followed, 4);
   assert_false (c->l1_must_move);
   check_free (c);
-  put64 (d, l1_place (d, 2), 0x1234567);        /* no L1 entry */
+  put64 (d, l1_place (d, 2), 0x1234567);        /* no L1 entry, but its neighbours are */
   c = check_image (d);
   assert_true (findings_has (&c->findings, FINDING_L1_TOO_SMALL));
+  assert_int_equal (c->l1_entries_followed, 4);
+  assert_false (c->l1_must_move);
+  check_free (c);
+  other = get64 (d, l1_place (d, 3));
+  put64 (d, l1_place (d, 3), 0x1234567);        /* mostly none: not the table's */
+  c = check_image (d);
   assert_int_equal (c->l1_entries_followed, 1);
   assert_true (c->l1_must_move);
+  assert_bad (c, true, l1_place (d, 0), 1, "H06", BAD_UNREADABLE);
   check_free (c);
+  put64 (d, l1_place (d, 3), other);
   put32 (d, HEADER_OFF_L1_SIZE, 4);
   put64 (d, HEADER_OFF_SIZE, UINT64_C (2) << 20);       /* now this is past what is needed */
   c = check_image (d);
