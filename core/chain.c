@@ -15,6 +15,7 @@
 #include "base/cleanup.h"
 #include "chain.h"
 #include "img/image.h"
+#include "lost-view.h"
 
 /* --- which file, and what it is */
 
@@ -166,6 +167,11 @@ make_device (struct layer *l, struct bdev *behind, const struct chain_options *o
   if (r == 0)
     r = image_open (l->healed, &iopts, ret, err);
   layer_reset (&data);
+  if (r == 0 && opts->lost_error) {
+    r = lost_view_guard (ret, &l->lost, NULL, err);
+    if (r < 0)
+      bdev_unref (*ret);
+  }
   return r;
 }
 

@@ -28,6 +28,7 @@ struct chain_options {
   struct follow_policy data_file;       /* FOLLOW_NAMES: for every layer; FILE: for the top */
   enum repair_level repair;
   bool force_share;
+  bool lost_error;              /* what a layer has lost fails with EIO */
   struct progress *progress;
 };
 

@@ -25,9 +25,11 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "base/log.h"
 #include "dev/file.h"
 #include "img/image.h"
 #include "lost-found.h"
+#include "lost-view.h"
 #include "stack.h"
 
 static void __attribute__ ((format (printf, 2, 3)))
@@ -153,7 +155,8 @@ open_behind (struct stack *s, const struct stack_options *opts, struct err *err)
 {
   struct chain_options copts = {
     .backing = opts->backing, .data_file = opts->data_file, .repair = s->repair,
-    .force_share = opts->force_share, .progress = opts->progress,
+    .force_share = opts->force_share, .lost_error = opts->lost_error,
+    .progress = opts->progress,
   };
   int r = chain_open (&s->top, &copts, &s->chain, &s->backing, err);
 
@@ -181,6 +184,34 @@ lay_data_overlay (struct stack *s, struct err *err)
                          &s->data_overlay_created, err);
 }
 
+/* --- what is lost */
+
+/* Healing lists what it takes away; this adds what was gone before it began. */
+static int
+complete_lost (struct stack *s, struct progress *progress, struct err *err)
+{
+  struct layer *top = &s->top;
+  bool names_backing = top->before->header.backing_off
+                       || findings_has (&top->before->findings, FINDING_BACKING_NAME_OUTSIDE);
+  struct err why = { 0 };
+  int r = 0;
+
+  if (s->why_no_guest)
+    return 0;
+  if (s->overlay_reused && !s->inplace.wanted && !heal_all_needed (layer_now (top)))
+    r = lost_view_recall (top, progress, &why);
+  /* No reason to refuse a healed disk, unless it is to fail where it lost something. */
+  if (r < 0 && (s->lost_error || r == -ECANCELED))
+    return err_set (err, -r, "finding out what was lost: %s", why.msg);
+  if (r < 0)
+    log_debug ("%s: what was lost is not known: %s", top->path, why.msg);
+  err_clear (&why);
+  r = 0;
+  if (names_backing && !s->backing)
+    r = lost_view_backing (top, s->data.healed, err);
+  return r;
+}
+
 /* --- serving */
 
 static void
@@ -202,7 +233,16 @@ open_view (struct stack *s, const struct snapshot *snapshot, bool read_only,
     .data_file = s->data.healed, .snapshot = snapshot,
   };
 
-  return image_open (s->top.healed, &iopts, ret, err);
+  int r = image_open (s->top.healed, &iopts, ret, err);
+
+  if (r == 0 && s->lost_error) {
+    r = lost_view_guard (ret, &s->top.lost, snapshot, err);
+    if (r < 0) {
+      bdev_unref (*ret);
+      *ret = NULL;
+    }
+  }
+  return r;
 }
 
 static int
@@ -273,6 +313,8 @@ build (struct stack *s, const struct stack_options *opts, struct err *err)
   if (r == 0)
     r = (s->inplace.wanted ? heal_in_place : heal_as_told) (s, opts->progress, err);
   if (r == 0)
+    r = complete_lost (s, opts->progress, err);
+  if (r == 0)
     r = open_guest (s, opts, err);
   return r;
 }
@@ -319,6 +361,7 @@ stack_new (const struct stack_options *opts, struct stack **ret, struct err *err
     s->repair = opts->repair;
     s->cache_size = opts->cache_size;
     s->live = opts->force_share;
+    s->lost_error = opts->lost_error;
     s->inplace.wanted = opts->inplace;
   }
   if (!s || (opts->overlay && !s->overlay)) {

@@ -28,6 +28,7 @@ struct stack_options {
   const char *snapshot;         /* serve this one (ID or name) as the guest disk; or NULL */
   size_t cache_size;            /* bytes for cached metadata; 0 = default */
   bool force_share;             /* do not lock; serves read-only */
+  bool lost_error;              /* lost ranges fail with EIO, instead of reading as zeros */
   struct progress *progress;    /* or NULL */
 };
 
@@ -44,6 +45,7 @@ struct stack {
   bool overlay_created;         /* by this start */
   bool data_overlay_created;
   bool overlay_reused;          /* it was there, and the check looked through it */
+  bool lost_error;              /* as told */
   bool live;                    /* force-share: somebody may be writing, findings may be transient */
   bool writable;                /* the guest may write */
   char *why_read_only;          /* a sentence for people; NULL if writable */

@@ -35,7 +35,7 @@ struct config config = {
 
 enum {
   P_FILE, P_REPAIR, P_OVERLAY, P_INPLACE, P_DISCARD_ORPHANS, P_SNAPSHOT, P_BACKING, P_DATA_FILE,
-  P_REPORT, P_CHECK, P_CACHE_SIZE, P_FORCE_SHARE, NR_PARAMS
+  P_REPORT, P_CHECK, P_CACHE_SIZE, P_FORCE_SHARE, P_LOST, NR_PARAMS
 };
 
 static int parse_repair (const char *value);
@@ -47,6 +47,7 @@ static int parse_data_file (const char *value);
 static int parse_check (const char *value);
 static int parse_cache_size (const char *value);
 static int parse_force_share (const char *value);
+static int parse_lost (const char *value);
 
 static struct param {
   const char *key;
@@ -65,6 +66,7 @@ static struct param {
   [P_CHECK]       = { "check", parse_check },
   [P_CACHE_SIZE]  = { "cache-size", parse_cache_size },
   [P_FORCE_SHARE] = { "force-share", parse_force_share },
+  [P_LOST]        = { "lost", parse_lost },
 };
 
 /* Known, but not in this version: key and what to do instead. */
@@ -72,7 +74,6 @@ static const struct later {
   const char *key, *instead;
 } later[] = {
   { "uri", "copy the image to a local file and name it with file=" },
-  { "lost", "ranges that cannot be mapped fail with an I/O error" },
   { "cluster-size", "images whose header is lost cannot be opened yet" },
   { "virtual-size", "images whose header is lost cannot be opened yet" },
 };
@@ -94,7 +95,8 @@ const char config_help[] =
   "                           deep: decompress all that is compressed, too\n"
   "report=FILE                write what was found and mended to FILE, as JSON\n"
   "cache-size=SIZE            memory for L2 tables and refcount blocks (default 16M)\n"
-  "force-share=true|false     open IMAGE although another program uses it; read-only";
+  "force-share=true|false     open IMAGE although another program uses it; read-only\n"
+  "lost=zero|error            how lost ranges of the guest disk read (default zero)";
 
 /* The one place where a parameter is refused.  Always -1. */
 static int __attribute__ ((format (printf, 1, 2)))
@@ -272,6 +274,17 @@ parse_force_share (const char *value)
   return parse_bool (P_FORCE_SHARE, value, &config.stack.force_share);
 }
 
+static int
+parse_lost (const char *value)
+{
+  static const char *const words[] = { "zero", "error", NULL };
+
+  if (strcmp (value, "zero") != 0 && strcmp (value, "error") != 0)
+    return refuse_value (P_LOST, value, words, "zero, error");
+  config.stack.lost_error = value[0] == 'e';
+  return 0;
+}
+
 int
 config_set (const char *key, const char *value)
 {
@@ -430,6 +443,9 @@ refuse_contradictions (void)
   if (wants_overlay && has_suffix (params[P_OVERLAY].value, INPLACE_SUFFIX))
     return refuse ("overlay=%s: names that end so are those of journals (see inplace=); choose "
                    "another", params[P_OVERLAY].value);
+  if (o->check == STACK_CHECK_NO && o->lost_error)
+    return refuse ("check=false and lost=error exclude each other: the check is what finds lost ranges; "
+                   "leave out one of them");
   if (o->check == STACK_CHECK_NO && wants_repair)
     return refuse ("check=false and repair=%s exclude each other: what was not checked cannot be "
                    "mended; leave out one of them", params[P_REPAIR].value);

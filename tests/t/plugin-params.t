@@ -26,7 +26,7 @@ refused ()
 dump=$("${nbdkit_env[@]}" nbdkit "$PLUGIN" --dump-plugin)
 keys=$(sed -n 's/^qcow2repair_parameters=//p' <<<"$dump" | tr , ' ')
 is "--dump-plugin lists the parameters" "$keys" \
-  "file repair overlay inplace discard-orphans snapshot backing data-file report check cache-size force-share"
+  "file repair overlay inplace discard-orphans snapshot backing data-file report check cache-size force-share lost"
 ok "--dump-plugin tells the levels" eval 'grep -qx "qcow2repair_repair=off,refcounts,all" <<<"$dump"'
 
 refused "no image" 'which image'
@@ -35,7 +35,7 @@ refused "misspelt: overly" 'did you mean overlay=' a.qcow2 overly=o
 refused "misspelt: fiel" 'did you mean file=' fiel=a.qcow2
 refused "misspelt: cache_size" 'did you mean cache-size=' a.qcow2 cache_size=1M
 refused "misspelt: Force-Share" 'did you mean force-share=' a.qcow2 Force-Share=1
-for key in uri lost cluster-size virtual-size; do
+for key in uri cluster-size virtual-size; do
   refused "not there yet: $key" "$key= is not supported by this version: " a.qcow2 $key=x
 done
 refused "not there yet: salvage" 'off, refcounts and all' a.qcow2 repair=salvage
@@ -43,6 +43,8 @@ refused "unknown level" 'known: off, refcounts, all' a.qcow2 repair=everything
 refused "misspelt level" 'did you mean refcounts' a.qcow2 repair=refcount
 refused "check=perhaps" 'check=perhaps is not known' a.qcow2 check=perhaps
 refused "force-share=perhaps" 'force-share=perhaps is not known' a.qcow2 force-share=perhaps
+refused "lost=eror" 'did you mean error' a.qcow2 lost=eror
+refused "lost=error without a check" "check=false and lost=error exclude" a.qcow2 check=false lost=error
 for size in 0 -1 x 99999999999999999999 16E; do
   refused "cache-size=$size" 'cache-size=' a.qcow2 cache-size=$size
 done
