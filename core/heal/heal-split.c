@@ -4,9 +4,9 @@
  *
  * A write to such a cluster copies it, so splitting is rewriting what each but
  * the first holds, through the guest's view (core/img), which keeps its own order on
- * disk: stopped anywhere, there are leaks at worst, and the next start goes on (I6).
- * The one that stays behind is then the only user of its cluster and wants its COPIED
- * flag back: hence another check, and heal_run.
+ * disk.  The one that stays behind is then the only user of its cluster and wants its
+ * COPIED flag back: hence another check, and heal_run.  Stopped anywhere, there are
+ * leaks and missing flags, which only cost a copy, and the next start goes on (I6).
  *
  * No backing file is needed, and none is opened: only what is allocated here is
  * rewritten.  With extended L2 entries one allocated subcluster is, and the copy
