@@ -28,6 +28,7 @@
 struct bitmap {
   uint64_t table_host_off;
   uint32_t table_entries;
+  bool impossible;              /* its fields, beside the place of its table */
 };
 DEFINE_VEC (bitmap_vec, struct bitmap);
 
@@ -114,6 +115,26 @@ bitmap_claim (struct bitmaps *b, uint64_t off, uint64_t len, bool *conflict, str
 
 /* --- the directory */
 
+/* Can the fields of an entry, 24 bytes, be what they are?  (Section "Bitmap
+ * directory"; QEMU does not open an image with one that it cannot use.)  The table
+ * of a bitmap in use may be behind a resize.
+ */
+static bool
+fields_possible (const struct bitmaps *b, const uint8_t *entry)
+{
+  uint32_t table_entries = load_be32 (entry + 8), flags = load_be32 (entry + 12);
+  uint16_t name_len = load_be16 (entry + 18);
+  uint8_t type = entry[16], granularity_bits = entry[17];
+  uint64_t bits, per_entry = b->k->g->cluster_size * 8;
+
+  if (table_entries == 0 || (flags & BITMAP_FLAGS_RESERVED) || type != BITMAP_TYPE_TRACKING
+      || granularity_bits < BITMAP_MIN_GRANULARITY || granularity_bits > BITMAP_MAX_GRANULARITY
+      || name_len == 0 || name_len > MAX_BITMAP_NAME)
+    return false;
+  bits = DIV_ROUND_UP (b->k->c->header.size, UINT64_C (1) << granularity_bits);
+  return (flags & BITMAP_FLAG_IN_USE) || table_entries == DIV_ROUND_UP (MAX (bits, 1), per_entry);
+}
+
 /* Decode its entries; false if they don't add up. */
 static bool
 decode_directory (struct bitmaps *b, const uint8_t *dir, uint64_t len, uint32_t nr)
@@ -128,6 +149,7 @@ decode_directory (struct bitmaps *b, const uint8_t *dir, uint64_t len, uint32_t 
       return false;
     bm.table_host_off = load_be64 (dir + off);
     bm.table_entries = load_be32 (dir + off + 8);
+    bm.impossible = !fields_possible (b, dir + off);
     size = BITMAP_DIR_FIXED_LENGTH + (uint64_t) load_be16 (dir + off + 18) +
            load_be32 (dir + off + 20);
     size = ROUND_UP (size, 8);
@@ -247,8 +269,8 @@ check_bitmap_table (struct bitmaps *b, size_t i, uint64_t *total, struct err *er
   bool conflict = false;
   int r;
 
-  if (len == 0)
-    return 0;
+  if (bm->impossible)
+    return bitmap_damaged (b, i, 0, err);
   *total += len;
   if (*total > MIN (b->k->end, MAX_TABLES_BYTES) ||
       !table_fits (b->k, bm->table_host_off, len))

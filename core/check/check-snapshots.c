@@ -252,6 +252,63 @@ read_snapshots (struct checker *k, struct snaptab *t, struct err *err)
   return 0;
 }
 
+/* Does [off, off+len) lie on nothing but L2 tables? */
+static bool
+lies_on_l2_only (const struct checker *k, uint64_t off, uint64_t len)
+{
+  for (uint64_t end = off + len; off < end; off += k->g->cluster_size)
+    if (ownermap_get (k->meta, off >> k->g->cluster_bits) > 1 + !!l2_set_find (&k->l2, off))
+      return false;
+  return true;
+}
+
+/* What lies in [off, off+len) is winner's, so the L2 tables there are none. */
+static int
+beat_l2_tables (struct checker *k, uint64_t off, uint64_t len, struct owner winner,
+                struct err *err)
+{
+  int r = 0;
+
+  for (uint64_t end = off + len; off < end && r == 0; off += k->g->cluster_size) {
+    struct l2_table *t = l2_set_find (&k->l2, off);
+
+    if (t == NULL)
+      continue;
+    t->fate = FINDING_L2_TABLE_NONSENSE;
+    set_incomplete (k);
+    r = conflict_add (k, off, k->g->cluster_size, winner, l2_owner (t), err);
+  }
+  return r;
+}
+
+/* Have all entries what those of an L2 table would have by great accident only? */
+static bool
+looks_like_snapshots (const struct checker *k)
+{
+  const struct snapshot_vec *v = &k->c->snapshots;
+
+  for (size_t i = 0; i < v->len; ++i)
+    if (!v->ptr[i].id[0] || v->ptr[i].l1_entries == 0
+        || !table_fits (k, v->ptr[i].l1_host_off, v->ptr[i].l1_entries * UINT64_C (8)))
+      return false;
+  return v->len > 0;
+}
+
+/* The snapshot table, len bytes, lies on something. */
+static int
+contest_table (struct checker *k, uint64_t len, struct err *err)
+{
+  uint64_t off = k->c->header.snapshots_host_off, whole = ROUND_UP (len, k->g->cluster_size);
+  struct owner o = { .kind = OWNER_SNAPSHOT_TABLE, .snapshot_index = FINDING_ACTIVE };
+  int r;
+
+  if (looks_like_snapshots (k) && lies_on_l2_only (k, off, whole))
+    return beat_l2_tables (k, off, whole, o, err);
+  r = overlap_add (k, (struct overlap) {
+      .ci = off >> k->g->cluster_bits, .n = whole >> k->g->cluster_bits, .loser = o }, err);
+  return r < 0 ? r : snapshot_finding (k, FINDING_SNAPSHOT_OVERLAP, NO_SNAPSHOT, 0, off, 0, err);
+}
+
 static int
 check_snapshot_table (struct checker *k, struct err *err)
 {
@@ -281,14 +338,7 @@ check_snapshot_table (struct checker *k, struct err *err)
     return r;
   r = claim_meta (k, h->snapshots_host_off, len, &conflict, err);
   k->snaptab_len = len;
-  if (r == 0 && conflict)
-    r = overlap_add (k, (struct overlap) {
-        .ci = h->snapshots_host_off >> k->g->cluster_bits, .n = DIV_ROUND_UP (len, k->g->cluster_size),
-        .loser = { .kind = OWNER_SNAPSHOT_TABLE, .snapshot_index = FINDING_ACTIVE } }, err);
-  if (r == 0 && conflict)
-    r = snapshot_finding (k, FINDING_SNAPSHOT_OVERLAP, NO_SNAPSHOT, 0, h->snapshots_host_off, 0,
-                          err);
-  return r;
+  return r == 0 && conflict ? contest_table (k, len, err) : r;
 }
 
 /* --- the L1 tables */
@@ -371,35 +421,23 @@ static int
 contest_l1 (struct checker *k, size_t i, bool *won, struct err *err)
 {
   const struct snapshot *s = &k->c->snapshots.ptr[i];
-  uint64_t len = ROUND_UP (s->l1_entries * UINT64_C (8), k->g->cluster_size), off;
+  uint64_t len = ROUND_UP (s->l1_entries * UINT64_C (8), k->g->cluster_size);
   CLEANUP_FREE uint8_t *buf = NULL;
   int r;
 
   *won = false;
-  if (len > MAX_EVIDENCE)
+  if (len > MAX_EVIDENCE || !lies_on_l2_only (k, s->l1_host_off, len))
     return 0;
-  for (off = s->l1_host_off; off < s->l1_host_off + len; off += k->g->cluster_size)
-    if (ownermap_get (k->meta, off >> k->g->cluster_bits) > 1 + !!l2_set_find (&k->l2, off))
-      return 0;
   buf = malloc (len);
   if (buf == NULL)
     return err_set (err, ENOMEM, "out of memory");
   if (bdev_pread_padded (k->d, buf, len, s->l1_host_off, NULL) < 0)
     return 0;
   r = weigh_l1 (k, s, buf, len, won, err);
-  for (off = s->l1_host_off; *won && off < s->l1_host_off + len && r == 0;
-       off += k->g->cluster_size) {
-    struct l2_table *t = l2_set_find (&k->l2, off);
-
-    if (t == NULL)
-      continue;
-    t->fate = FINDING_L2_TABLE_NONSENSE;
-    set_incomplete (k);
-    r = conflict_add (k, off, k->g->cluster_size,
-                      (struct owner) { .kind = OWNER_L1_TABLE, .snapshot_index = i },
-                      l2_owner (t), err);
-  }
-  return r;
+  if (r < 0 || !*won)
+    return r;
+  return beat_l2_tables (k, s->l1_host_off, len,
+                         (struct owner) { .kind = OWNER_L1_TABLE, .snapshot_index = i }, err);
 }
 
 static int

@@ -76,6 +76,12 @@
 
 /* "Bitmaps" */
 #define BITMAP_DIR_FIXED_LENGTH    24
+#define BITMAP_FLAG_IN_USE         UINT32_C (1)
+#define BITMAP_FLAGS_RESERVED      UINT32_C (0xfffffff8)
+#define BITMAP_TYPE_TRACKING          1
+#define BITMAP_MIN_GRANULARITY     9    /* log2 of bytes; QEMU's limits */
+#define BITMAP_MAX_GRANULARITY     31
+#define MAX_BITMAP_NAME            1023
 #define BITMAP_TABLE_OFF_MASK      UINT64_C (0x00fffffffffffe00)
 #define BITMAP_TABLE_RESERVED_MASK UINT64_C (0xff000000000001fe)
 
