@@ -50,8 +50,9 @@ next_file (struct layer *l, bool top, const struct chain_options *opts, char **p
 {
   const struct check *c = layer_now (l);
   CLEANUP_FREE char *ext = layer_string_ext (l, EXT_BACKING_FORMAT);
+  CLEANUP_FREE char *misspelt = layer_string_ext (l, EXT_BACKING_FORMAT_CROSVM);
   const char *name = c->backing_name ? c->backing_name : "(unreadable)";
-  const char *format = ext;
+  const char *format = ext ? ext : misspelt;
   int r;
 
   if (c->header.backing_off == 0 || opts->backing.follow == FOLLOW_NONE)

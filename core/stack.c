@@ -68,6 +68,23 @@ judge (struct stack *s, struct err *err)
   return 0;
 }
 
+/* --- the files behind it */
+
+static int
+open_behind (struct stack *s, const struct stack_options *opts, struct err *err)
+{
+  struct chain_options copts = {
+    .backing = opts->backing, .data_file = opts->data_file, .repair = s->repair,
+    .force_share = opts->force_share, .lost_error = opts->lost_error,
+    .progress = opts->progress,
+  };
+  int r = chain_open (&s->top, &copts, &s->chain, &s->backing, err);
+
+  if (r == 0 && s->top.before->geom.data_file)
+    r = chain_data_file (&s->top, true, &copts, &s->data, err);
+  return r;
+}
+
 /* --- healing */
 
 static const char *
@@ -88,8 +105,9 @@ lay_overlay (struct stack *s, bool *created, struct err *err)
  * left as the place of guest writes.
  */
 static int
-heal_as_told (struct stack *s, struct progress *progress, struct err *err)
+heal_as_told (struct stack *s, const struct stack_options *opts, struct err *err)
 {
+  struct progress *progress = opts->progress;
   struct layer *top = &s->top;
   bool sound = check_sound (top->before);
   bool can_heal = heal_needed (top->before, s->repair);
@@ -114,12 +132,27 @@ heal_as_told (struct stack *s, struct progress *progress, struct err *err)
   return r;
 }
 
+/* The files behind it, as soon as the header can be believed about their names: at once,
+ * or once it has been mended.
+ */
+static int
+open_behind_if (struct stack *s, const struct stack_options *opts, bool mended, struct err *err)
+{
+  const struct findings *fs = &s->top.before->findings;
+  bool doubtful = s->repair >= REPAIR_ALL
+                  && (findings_has (fs, FINDING_EXTENSIONS_DAMAGED)
+                      || findings_has (fs, FINDING_BACKING_NAME_OUTSIDE));
+
+  return doubtful == mended ? open_behind (s, opts, err) : 0;
+}
+
 /* inplace=true: the overlay is a journal.  It is made where there is something to
  * repair, and written into the image once it is whole and sound.
  */
 static int
-heal_in_place (struct stack *s, struct progress *progress, struct err *err)
+heal_in_place (struct stack *s, const struct stack_options *opts, struct err *err)
 {
+  struct progress *progress = opts->progress;
   struct layer *top = &s->top;
   bool sound = check_sound (top->before);
   int r = 0;
@@ -127,7 +160,7 @@ heal_in_place (struct stack *s, struct progress *progress, struct err *err)
   if (sound && !s->overlay_reused && !s->inplace.resumed) {
     free (s->overlay);          /* nothing to do: no file is made */
     s->overlay = NULL;
-    return 0;
+    return open_behind_if (s, opts, true, err);
   }
   if (!s->overlay_reused && !s->inplace.resumed) {
     top->journal = !s->overlay;
@@ -145,25 +178,12 @@ heal_in_place (struct stack *s, struct progress *progress, struct err *err)
                  "written into it.  The findings name the level that mends each; without "
                  "inplace=true it is served as far as it can be read", top->path,
                  level_name (s->repair));
+  if (r == 0)
+    r = open_behind_if (s, opts, true, err);
   return r < 0 ? r : inplace_commit (s, progress, err);
 }
 
-/* --- the files behind it */
-
-static int
-open_behind (struct stack *s, const struct stack_options *opts, struct err *err)
-{
-  struct chain_options copts = {
-    .backing = opts->backing, .data_file = opts->data_file, .repair = s->repair,
-    .force_share = opts->force_share, .lost_error = opts->lost_error,
-    .progress = opts->progress,
-  };
-  int r = chain_open (&s->top, &copts, &s->chain, &s->backing, err);
-
-  if (r == 0 && s->top.before->geom.data_file)
-    r = chain_data_file (&s->top, true, &copts, &s->data, err);
-  return r;
-}
+/* --- the data file */
 
 /* Guest writes go to the data file, so it needs an overlay of its own wherever
  * the image has one: FILE.data beside FILE.  One that is there holds guest data
@@ -198,6 +218,13 @@ complete_lost (struct stack *s, struct progress *progress, struct err *err)
 
   if (s->why_no_guest)
     return 0;
+  /* Nothing to mend is not nothing lost. */
+  if (s->repair >= REPAIR_ALL && top->result.rounds_all == 0) {
+    r = lost_collect (&top->lost, top->healed, top->before, err);
+    lost_finish (&top->lost);
+    if (r < 0)
+      return r;
+  }
   if (s->overlay_reused && !s->inplace.wanted && !heal_all_needed (layer_now (top)))
     r = lost_view_recall (top, progress, &why);
   /* No reason to refuse a healed disk, unless it is to fail where it lost something. */
@@ -309,9 +336,11 @@ build (struct stack *s, const struct stack_options *opts, struct err *err)
   if (r == 0)
     r = judge (s, err);
   if (r == 0)
-    r = open_behind (s, opts, err);
+    r = open_behind_if (s, opts, false, err);
   if (r == 0)
-    r = (s->inplace.wanted ? heal_in_place : heal_as_told) (s, opts->progress, err);
+    r = (s->inplace.wanted ? heal_in_place : heal_as_told) (s, opts, err);
+  if (r == 0 && !s->inplace.wanted)
+    r = open_behind_if (s, opts, true, err);
   if (r == 0)
     r = complete_lost (s, opts->progress, err);
   if (r == 0)

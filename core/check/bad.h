@@ -16,6 +16,7 @@ enum bad_fix {
   BAD_RESERVED,         /* reserved bits are cleared, the rest of the entry is believed */
   BAD_PLACE,            /* external data file: the place follows from the guest offset */
   BAD_SUBCLUSTERS,      /* subclusters that are both allocated and zero become zero */
+  BAD_CUT,              /* stays: only what lies past the end of the file is lost */
   BAD_UNREADABLE,       /* lost for the guest, but the entry stays: the device could not read */
 };
 

@@ -196,9 +196,27 @@ check_place (struct walk *w, uint64_t i, uint64_t n, uint64_t host_off, uint64_t
   return bad_entries (w, FINDING_DATA_FILE_PLACE_WRONG, BAD_PLACE, i, n, raw);
 }
 
-/* Standard entries [i, i+n) name the n clusters from host_off on. */
+/* Entry i names the cluster in whose midst the file ends.  That is nothing to speak of
+ * where the rest of it lies past the end of the disk or is not read.
+ */
 static int
-claim_standard (struct walk *w, uint64_t i, uint64_t n, uint64_t host_off, uint64_t raw)
+report_cut (struct walk *w, uint64_t i, uint64_t raw, uint64_t bitmap)
+{
+  uint64_t guest_ci = ((uint64_t) w->t->l1_index << w->g->l2_bits) + i;
+  uint64_t cut = w->k->c->file_size & (w->g->cluster_size - 1);
+  unsigned first = cut >> (w->g->cluster_bits - SUBCLUSTER_BITS);
+
+  if (w->g->extended_l2 && !((bitmap & BITMAP_ALL_ALLOC) >> first))
+    return 0;
+  if ((raw & L2E_ZERO) || (guest_ci << w->g->cluster_bits) + cut >= w->k->c->header.size)
+    return 0;
+  return bad_entries (w, FINDING_CLUSTER_CUT, BAD_CUT, i, 1, raw);
+}
+
+/* Standard entries [i, i+n) name the n clusters from host_off on; bitmap is the first's. */
+static int
+claim_standard (struct walk *w, uint64_t i, uint64_t n, uint64_t host_off, uint64_t raw,
+                uint64_t bitmap)
 {
   uint64_t ci = host_off >> w->g->cluster_bits, room = 0;
   bool conflict = false;
@@ -217,6 +235,8 @@ claim_standard (struct walk *w, uint64_t i, uint64_t n, uint64_t host_off, uint6
     return r;
   w->good += n;
   r = ownermap_claim (w->k->c->owners, ci, n, w->t->weight, &conflict, w->err);
+  if (r == 0 && w->k->cut_ci - ci < n)
+    r = report_cut (w, i + (w->k->cut_ci - ci), raw, bitmap);
   return r == 0 && conflict ? report_overlaps (w, i, ci, n, raw) : r;
 }
 
@@ -325,7 +345,7 @@ check_entry (struct walk *w, uint64_t i, uint64_t raw, uint64_t bitmap)
       r = entry_finding (w, FINDING_L2_ENTRY_RESERVED, i, 1, raw, 0);
     return r < 0 ? r : bad_entry (w, FINDING_L2_ENTRY_UNALIGNED, BAD_LOST, i, 1, raw);
   }
-  r = claim_standard (w, i, 1, e.host_off, raw);
+  r = claim_standard (w, i, 1, e.host_off, raw, bitmap);
   if (r < 0 || !reserved)
     return r;
   w->good -= e.host_off < w->k->end;
@@ -360,7 +380,7 @@ walk_standard (struct walk *w, const uint8_t *table, uint64_t nr)
       n = entries_in_a_row (table + i * 8, nr - i, raw, w->g);
       count_standard (w, n, raw & L2E_OFF_MASK);
       w->uncopied |= !(raw & ENTRY_COPIED);
-      r = claim_standard (w, i, n, raw & L2E_OFF_MASK, raw);
+      r = claim_standard (w, i, n, raw & L2E_OFF_MASK, raw, 0);
     }
     else if (raw == L2E_ZERO && w->g->version >= 3)
       w->good++;

@@ -111,6 +111,19 @@ refuse_features (struct checker *k, struct err *err)
   return header_refuse_features (cluster, &k->c->header, err);
 }
 
+/* What is left of a file that was cut inside its header is nothing. */
+static int
+refuse_cut_header (const struct checker *k, struct err *err)
+{
+  unsigned length = k->c->header.version >= 3 ? HEADER_V3_MIN_LENGTH : HEADER_V2_LENGTH;
+
+  if (k->c->file_size >= length)
+    return 0;
+  return err_set (err, EINVAL, "the file has %llu bytes and ends inside the qcow2 header (%u bytes): "
+                  "it was cut short, and nothing of the disk is in it",
+                  (unsigned long long) k->c->file_size, length);
+}
+
 int
 check_header (struct checker *k, struct err *err)
 {
@@ -125,6 +138,8 @@ check_header (struct checker *k, struct err *err)
   r = header_usable (&c->header, err);
   if (r == -ENOTSUP && header_unknown_features (&c->header))
     r = refuse_features (k, err);
+  if (r == 0)
+    r = refuse_cut_header (k, err);
   if (r < 0) {
     err_prefix (err, "%s", k->d->name);
     return r;
@@ -133,6 +148,8 @@ check_header (struct checker *k, struct err *err)
   k->end = c->file_size > UINT64_MAX - k->g->cluster_size
              ? ROUND_DOWN (c->file_size, k->g->cluster_size)
              : ROUND_UP (c->file_size, k->g->cluster_size);
+  k->cut_ci = IS_ALIGNED (c->file_size, k->g->cluster_size)
+                ? UINT64_MAX : c->file_size >> k->g->cluster_bits;
   c->stats.total_clusters = DIV_ROUND_UP (c->header.size, k->g->cluster_size);
   cluster = malloc (k->g->cluster_size);
   if (cluster == NULL)

@@ -85,6 +85,7 @@ struct checker {
   struct progress *progress;
   uint64_t memory_limit;
   uint64_t end;                 /* bytes: the file's size, rounded up to a cluster */
+  uint64_t cut_ci;              /* the cluster in whose midst the file ends; UINT64_MAX if none */
   struct ownermap *meta;        /* clusters that hold metadata (not the refcount structures) */
   struct ownermap *soft;        /* clusters of inconsistent bitmaps; NULL if there are none */
   uint64_t *l1;                 /* active L1 table, host byte order */

@@ -327,7 +327,7 @@ check_snapshot_table (struct checker *k, struct err *err)
   if (r == -ENOMEM)
     r = err_set (err, ENOMEM, "%s", why.msg);
   else if (r < 0)
-    r = snapshot_finding (k, FINDING_SNAPSHOT_TABLE_OUTSIDE, NO_SNAPSHOT, 0,
+    r = snapshot_finding (k, FINDING_SNAPSHOT_TABLE_UNREADABLE, NO_SNAPSHOT, 0,
                           h->snapshots_host_off, h->snapshots_host_off, err);
   else
     r = read_snapshots (k, &t, err);

@@ -22,7 +22,7 @@ static bool
 any_entry (const struct check *c)
 {
   for (size_t i = 0; i < c->bad.len; ++i)
-    if (c->bad.ptr[i].fix != BAD_UNREADABLE)
+    if (c->bad.ptr[i].fix != BAD_UNREADABLE && c->bad.ptr[i].fix != BAD_CUT)
       return true;
   return false;
 }

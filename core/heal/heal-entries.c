@@ -252,7 +252,7 @@ heal_entries (struct heal *h, struct err *err)
 
   for (size_t i = 0; r == 0 && i < bad->len; ++i) {
     struct fix f = { .h = h, .run = &bad->ptr[i] };
-    bool wanted = f.run->fix != BAD_UNREADABLE;
+    bool wanted = f.run->fix != BAD_UNREADABLE && f.run->fix != BAD_CUT;
 
     progress_update (h->progress, "mending tables", i, bad->len);
     if (f.run->fix == BAD_PLACE)

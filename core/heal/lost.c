@@ -206,8 +206,11 @@ add_l2_run (struct collector *k, const struct bad_run *run, uint64_t table_guest
 {
   unsigned bits = k->c->geom.cluster_bits;
   uint64_t guest_off = table_guest_off + ((uint64_t) run->index << bits);
+  uint64_t cut = k->c->file_size & (k->c->geom.cluster_size - 1);
   int r = 0;
 
+  if (run->fix == BAD_CUT)
+    return add_clipped (k, guest_off + cut, k->c->geom.cluster_size - cut, run->why, err);
   if (run->fix == BAD_LOST || run->fix == BAD_UNREADABLE)
     return add_clipped (k, guest_off, (uint64_t) run->count << bits, run->why, err);
   for (uint32_t i = 0; run->fix == BAD_SUBCLUSTERS && r == 0 && i < run->count; ++i)
