@@ -121,6 +121,13 @@ rivals (struct checker *k, uint64_t ci, uint64_t n, const struct l2_table *by)
     rival (k, ci + i, by);
 }
 
+/* A table of zeros that is lost reads as it did, unless a backing file is behind it. */
+static bool
+maps_nothing (const struct checker *k, const struct rt_doubt *d)
+{
+  return d->zeros && k->c->header.backing_off == 0;
+}
+
 static void
 drop_nonsense (struct checker *k)
 {
@@ -140,7 +147,7 @@ drop_nonsense (struct checker *k)
     const struct rt_doubt *d = &k->rt_doubts.ptr[i];
     struct l2_table *t = l2_table_at (k, d->ci << k->g->cluster_bits);
 
-    if (t && t->fate == 0 && (d->sound || l2_is_nonsense (t)))
+    if (t && t->fate == 0 && (d->sound || l2_is_nonsense (t) || maps_nothing (k, d)))
       t->fate = FINDING_L2_TABLE_NONSENSE;
   }
 }
