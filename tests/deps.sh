@@ -28,6 +28,8 @@ test  | cmd:qemu-img          | qemu-utils          | qemu-img
 test  | cmd:qemu-io           | qemu-utils          | qemu-img
 test  | cmd:qemu-system-x86_64 | qemu-system-x86    | qemu-system-x86-core
 test  | cmd:mke2fs            | e2fsprogs           | e2fsprogs
+test  | cmd:mkfs.xfs          | xfsprogs            | xfsprogs
+test  | cmd:mkntfs            | ntfs-3g             | ntfsprogs
 test  | cmd:jq                | jq                  | jq
 test  | py:json,zlib          | python3             | python3
 test  | py:jsonschema         | python3-jsonschema  | python3-jsonschema

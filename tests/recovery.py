@@ -3,8 +3,8 @@
 
     recovery.py page [CASE...]      docs/recovery.md on stdout
     recovery.py compare PAGE CASE...
-                                    ours only: the rows must be those of PAGE, as
-                                    TAP on stdout; one that fails on the page may do better
+                                    ours only: the rows must be those of PAGE, and
+                                    none may fail; TAP on stdout
 
 From the environment: PLUGIN, and KEEP=DIR to keep the images.
 
@@ -13,7 +13,8 @@ damaged by mkimage/damage.py, which shares nothing with core/.  What comes out i
 compared with the bytes that are known, read by nbdcopy and by stock QEMU.  A
 healing is right if every byte of every disk that differs lies in a range that
 the report lists as lost, the damaged file is what it was, QEMU finds nothing
-wrong with the healed image, and reads the same bytes from it.
+wrong with the healed image, and reads the same bytes from it; and if none differs,
+the file system's own checker finds nothing either.
 """
 
 import hashlib
@@ -60,19 +61,57 @@ def read(path):
 
 # --- images
 
-def make_disk(folder):
-    """An ext4 file system with files of known contents."""
+FILE_SYSTEMS = {        # checked how: the exit code is 0 if nothing is wrong
+    "ext4": ["e2fsck", "-f", "-n"],
+    "xfs": ["xfs_repair", "-n", "-f", "-o", "force_geometry"],   # it has one group only
+    "ntfs": ["ntfsfix", "-n"],
+}
+# Other file systems than ext4: what a row does is not the file system's choice, so
+# one of each kind of damage does.
+OTHERS = ["%s/%s" % (fs, name) for fs in ("xfs", "ntfs")
+          for name in ("l1-outside", "l2-into-l2", "l2-reserved", "rt-zero")]
+
+
+def split_name(name):
+    """File system, and case in damage.py."""
+    fs, _, case = name.rpartition("/")
+    return fs or "ext4", case
+
+
+def make_files(folder):
+    """Files of known contents."""
     rnd = random.Random(SEED)
     tree = os.path.join(folder, "tree")
     os.makedirs(tree)
     for i in range(36):
         with open(os.path.join(tree, "file%d" % i), "wb") as f:
             f.write(rnd.randbytes(1000 + i * 20000) if i % 3 else b"line of text %d\n" % i * 9000)
-    disk = os.path.join(folder, "disk.raw")
-    must("mke2fs", "-q", "-F", "-t", "ext4", "-b", "4096", "-O", "^has_journal",
-         "-U", "6b1f1e0e-3a0e-4f6a-9d53-0123456789ab",
-         "-E", "hash_seed=6b1f1e0e-3a0e-4f6a-9d53-0123456789ab,lazy_itable_init=0",
-         "-d", tree, disk, "%dK" % (DISK >> 10), env={**os.environ, "E2FSPROGS_FAKE_TIME": "1700000000"})
+    return tree
+
+
+def make_disk(fs, tree, disk):
+    """A file system with these files."""
+    names = sorted(os.listdir(tree))
+    with open(disk, "wb") as f:
+        f.truncate(DISK)
+    if fs == "ext4":
+        must("mke2fs", "-q", "-F", "-t", "ext4", "-b", "4096", "-O", "^has_journal",
+             "-U", "6b1f1e0e-3a0e-4f6a-9d53-0123456789ab",
+             "-E", "hash_seed=6b1f1e0e-3a0e-4f6a-9d53-0123456789ab,lazy_itable_init=0",
+             "-d", tree, disk, "%dK" % (DISK >> 10), env={**os.environ, "E2FSPROGS_FAKE_TIME": "1700000000"})
+    elif fs == "xfs":
+        proto = disk + ".proto"
+        with open(proto, "w") as f:
+            f.write("/dev/null\n0 0\nd--755 0 0\n")
+            f.writelines("%s ---644 0 0 %s\n" % (n, os.path.join(tree, n)) for n in names)
+            f.write("$\n")
+        # Smaller than anybody ought to make one.
+        must("mkfs.xfs", "-q", "-f", "--unsupported", "-m",
+             "uuid=6b1f1e0e-3a0e-4f6a-9d53-0123456789ab,reflink=0", "-d", "agcount=1", "-p", proto, disk)
+    else:
+        must("mkntfs", "-q", "-F", "-Q", "-c", "4096", "-s", "512", "-p", "0", "-H", "0", "-S", "0", disk)
+        for n in names:
+            must("ntfscp", disk, os.path.join(tree, n), n)
     return disk
 
 
@@ -155,13 +194,14 @@ def destroyed(want, hosts, damaged, repaired):
     return n
 
 
-def fsck(data, folder):
-    path = os.path.join(folder, "fsck.raw")
+def fsck(fs, data, folder, name):
+    """The exit code of the file system's own checker, as text."""
+    path = os.path.join(folder, name)
     with open(path, "wb") as f:
         f.write(data)
-    code, _ = run("e2fsck", "-f", "-n", path)
+    code, _ = run(*FILE_SYSTEMS[fs], path)
     os.unlink(path)
-    return "clean" if code == 0 else "errors"
+    return "none" if code is None else str(code)
 
 
 def size(n):
@@ -173,8 +213,8 @@ def size(n):
 
 # --- QEMU
 
-def qemu(folder, want, hosts):
-    """The row's cells: exit code, guest bytes, data destroyed in the file."""
+def qemu(fs, folder, want, hosts):
+    """The row's cells: exit code, guest bytes, file system, data destroyed in the file."""
     img = os.path.join(folder, "img.qcow2")
     before = read(img)
     code, _ = run("qemu-img", "check", "-r", "all", "-f", "qcow2", img)
@@ -192,7 +232,9 @@ def qemu(folder, want, hosts):
                 guest = "right; a snapshot is gone"
             elif snap != want[name]:
                 guest = "right; a snapshot is wrong"
-    return ["none (killed)" if code is None else str(code), guest, size(lost) if lost else "none"]
+    return ["none (killed)" if code is None else str(code), guest,
+            fsck(fs, got, folder, "qemu.fsck") if got is not None else "-",
+            size(lost) if lost else "none"]
 
 
 # --- ours
@@ -200,12 +242,12 @@ def qemu(folder, want, hosts):
 class Ours:
     """One healing through an overlay, and what is wrong with it (self.wrong)."""
 
-    def __init__(self, kind, folder, want, name):
-        self.folder, self.want, self.wrong = folder, want, []
+    def __init__(self, fs, folder, want, name):
+        self.fs, self.folder, self.want, self.wrong = fs, folder, want, []
         self.img = os.path.join(folder, "img.qcow2")
         self.overlay = os.path.join(folder, "o.qcow2")
         before = hashlib.sha256(read(self.img)).digest()
-        self.serve(kind, name)
+        self.serve(name)
         if hashlib.sha256(read(self.img)).digest() != before:
             self.wrong.append("the original was changed")
         if self.served:
@@ -214,15 +256,15 @@ class Ours:
     def path(self, name):
         return os.path.join(self.folder, name)
 
-    def serve(self, kind, name):
-        backing = "none" if name == "backing-missing" or name == "backing-outside" else "follow"
+    def serve(self, name):
+        self.backing = "none" if name == "backing-missing" or name == "backing-outside" else "follow"
         copies = ["timeout 30 nbdcopy \"$uri\" '%s'" % self.path("out.raw")]
         for s in self.want:
             copies.append("timeout 20 nbdcopy --synchronous \"nbd+unix:///%s?socket=$unixsocket\" '%s' 2>/dev/null || rm -f '%s'" % (
                 "snapshot%2F" + s if s else "lost%2Bfound", self.path("snap." + s), self.path("snap." + s)))
         code, self.log = run(
             "nbdkit", "-U", "-", os.environ["PLUGIN"], "file=" + self.img, "repair=all", "check=deep",
-            "backing=" + backing, "overlay=" + self.overlay, "report=" + self.path("report.json"),
+            "backing=" + self.backing, "overlay=" + self.overlay, "report=" + self.path("report.json"),
             "--run", "set -e; " + "; ".join(copies))
         try:
             self.report = json.loads(read(self.path("report.json")))
@@ -288,24 +330,40 @@ class Ours:
         self.found = self.shared = 0
         got = read(self.path("out.raw"))
         self.differ, self.lost = self.disk("", got)
-        self.fsck = fsck(got, self.folder)
+        self.fsck = fsck(self.fs, got, self.folder, "fsck.raw")
+        if self.fsck != "0" and not (self.differ or self.shared or self.found):
+            self.wrong.append("all bytes are right, but not the file system")
         self.snapshot_bytes = self.report["lost"]["bytes"] - self.report["lost"]["active-bytes"]
-        gone = [s["snapshot-name"] for s in self.report["lost"]["snapshots"]]
+        self.snapshots(got)
+
+    def snapshots(self, got):
+        """Each is right, but for what is listed, or listed as gone: by its name, or
+        as one whose name could not be read.
+        """
+        listed = [s["snapshot-name"] for s in self.report["lost"]["snapshots"]]
+        disks = {"": got}
         self.snapshots_lost = 0
         for name in self.want:
             if not name:
                 continue
             if os.path.exists(self.path("snap." + name)):
-                self.disk(name, read(self.path("snap." + name)))
-            elif name in gone or "" in gone or len(gone) == 1:
+                disks[name] = read(self.path("snap." + name))
+                self.disk(name, disks[name])
+            elif name in listed:
                 self.snapshots_lost += 1
+            elif "" in listed:
+                self.snapshots_lost += 1
+                if "S01" not in self.codes():   # else one stands for all
+                    listed.remove("")
             else:
                 self.wrong.append("snapshot %s is gone and not listed" % name)
-        self.nested(got)
+        self.nested(disks)
 
-    def nested(self, got):
+    def nested(self, disks):
         """Stock QEMU's opinion of the healed image, through the overlay."""
-        node = "json:" + json.dumps({"driver": "qcow2", "backing": None, "file": {
+        base = {"driver": "qcow2", "file": {"driver": "file", "filename": self.path("base.qcow2")}}
+        follow = self.backing == "follow" and os.path.exists(self.path("base.qcow2"))
+        node = "json:" + json.dumps({"driver": "qcow2", "backing": base if follow else None, "file": {
             "driver": "qcow2", "file": {"driver": "file", "filename": self.overlay}}})
         code, out = run("qemu-img", "check", node)
         if "O01" in self.codes() or "O02" in self.codes():
@@ -316,15 +374,13 @@ class Ours:
                               "QEMU finds leaks in the healed image")
         if not self.report.get("sound") and not self.found:
             self.wrong.append("damage remains")
-        if len(self.want) == 1 and not os.path.exists(self.path("base.qcow2")) \
-                and "backing" not in self.folder:
-            seen = convert(node)
-            if seen != got:
-                self.wrong.append("QEMU reads other bytes")
+        for name, got in disks.items():
+            if convert(node, name) != got:
+                self.wrong.append("QEMU reads other bytes" + (" from snapshot " + name if name else ""))
 
     def cells(self):
         if not self.served:
-            return ["refused", "FAILS: " + "; ".join(self.wrong)]
+            return ["refused", "FAILS: " + "; ".join(self.wrong), "-"]
         if self.found:
             guest = "%s reported as orphaned, all of it in lost+found" % size(self.found)
         elif self.lost:
@@ -340,7 +396,7 @@ class Ours:
                                                         "s" * (self.snapshots_lost > 1))
         if self.wrong:
             guest = "FAILS: " + "; ".join(self.wrong)
-        return [self.served, guest]
+        return [self.served, guest, self.fsck]
 
 
 # --- rows
@@ -348,32 +404,35 @@ class Ours:
 class Bench:
     def __init__(self, folder):
         self.folder = folder
-        self.disk = make_disk(folder)
+        self.tree = make_files(folder)
         self.made = {}
 
     def prepare(self, names):
-        for kind in sorted({damage.CASES[n][0] for n in names}):
-            path = os.path.join(self.folder, kind)
-            want = make_image(kind, self.disk, path)
-            self.made[kind] = want, placed(os.path.join(path, "img.qcow2")), path
-
-    def copy(self, kind, to):
-        shutil.copytree(self.made[kind][2], to)
-        return to
+        wanted = [split_name(n) for n in names]
+        for fs in sorted({fs for fs, _ in wanted}):
+            disk = make_disk(fs, self.tree, os.path.join(self.folder, fs + ".raw"))
+            if fsck(fs, read(disk), self.folder, "fsck.raw") != "0":
+                sys.exit("the %s of the tests is not sound to begin with" % fs)
+            for kind in sorted({damage.CASES[c][0] for f, c in wanted if f == fs}):
+                path = os.path.join(self.folder, fs + "." + kind)
+                want = make_image(kind, disk, path)
+                self.made[fs, kind] = want, placed(os.path.join(path, "img.qcow2")), path
 
     def row(self, name, with_qemu):
-        kind, title, _ = damage.CASES[name]
-        want, hosts, _ = self.made[kind]
-        ours = self.copy(kind, os.path.join(self.folder, "ours." + name))
+        fs, case = split_name(name)
+        kind, title, _ = damage.CASES[case]
+        want, hosts, made = self.made[fs, kind]
+        ours = os.path.join(self.folder, "ours." + name.replace("/", "."))
+        shutil.copytree(made, ours)
         must(sys.executable, os.path.join(HERE, "mkimage", "damage.py"),
-             os.path.join(ours, "img.qcow2"), name)
-        if name == "snap-forgotten":    # a guest wrote since
+             os.path.join(ours, "img.qcow2"), case)
+        if case == "snap-forgotten":    # a guest wrote since
             want = {**want, "": want[""][:14 << 20] + b"M" * (40 << 10)
                     + want[""][(14 << 20) + (40 << 10):]}
-        theirs = os.path.join(self.folder, "qemu." + name)
+        theirs = os.path.join(self.folder, "qemu." + name.replace("/", "."))
         shutil.copytree(ours, theirs)
-        cells = ["`%s`" % name, title] + (qemu(theirs, want, hosts) if with_qemu else [])
-        cells += Ours(kind, ours, want, name).cells()
+        cells = ["`%s`" % name, title] + (qemu(fs, theirs, want, hosts) if with_qemu else [])
+        cells += Ours(fs, ours, want, case).cells()
         if not os.environ.get("KEEP"):
             shutil.rmtree(ours)
             shutil.rmtree(theirs)
@@ -399,27 +458,25 @@ def rows_in(folder, names, with_qemu):
 def page(names):
     with open(os.path.join(HERE, "recovery.head.md")) as f:
         sys.stdout.write(f.read().replace("@QEMU@", must("qemu-img", "--version").split()[2]))
-    print("\n| case | damage | QEMU's exit code | guest disk | data destroyed | "
-          "qcow2repair serves | guest disk |")
-    print("|---|---|---|---|---|---|---|")
+    print("\n| case | damage | QEMU's exit code | guest disk | file system | data destroyed | "
+          "qcow2repair serves | guest disk | file system |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for cells in rows(names, True):
         print("| %s |" % " | ".join(cells))
 
 
 def compare(path, names):
     with open(path) as f:
-        known = {line.split(" | ")[0]: line.rstrip(" |\n").split(" | ")[-2:] for line in f
+        known = {line.split(" | ")[0]: line.rstrip(" |\n").split(" | ")[-3:] for line in f
                  if line.startswith("| `")}
     sys.stdout.flush()
     print("1..%d" % len(names))
     failed = 0
     for n, cells in enumerate(rows(names, False), 1):
-        want, got = known.get("| " + cells[0], ["no such row"]), cells[-2:]
-        known_bad, bad = want[-1].startswith("FAILS"), got[-1].startswith("FAILS")
-        good = not bad and (known_bad or got == want)
-        failed |= not good and not (bad and known_bad)
-        print("%s %d - %s%s" % ("ok" if good else "not ok", n, cells[1],
-                                " # TODO as on the page" if bad and known_bad else ""))
+        want, got = known.get("| " + cells[0], ["no such row"]), cells[-3:]
+        good = got == want and not got[1].startswith("FAILS")
+        failed |= not good
+        print("%s %d - %s: %s" % ("ok" if good else "not ok", n, cells[0].strip("`"), cells[1]))
         if got != want:
             print("# got: %s\n# the page (made by `make recovery'): %s" % (got, want))
     sys.exit(failed)
@@ -427,7 +484,7 @@ def compare(path, names):
 
 def main(argv):
     if argv[1:2] == ["page"]:
-        page(argv[2:] or list(damage.CASES))
+        page(argv[2:] or list(damage.CASES) + OTHERS)
     elif argv[1:2] == ["compare"] and len(argv) > 3:
         compare(argv[2], argv[3:])
     else:
