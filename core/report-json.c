@@ -151,9 +151,14 @@ json_healed (FILE *fp, const struct layer *l)
 
   fprintf (fp, ",\n  \"healed\": {\n    \"refcounts-raised\": %" PRIu64
            ",\n    \"refcounts-lowered\": %" PRIu64 ",\n    \"copied-flags\": %" PRIu64
+           ",\n    \"structures\": %" PRIu64 ",\n    \"entries-cleared\": %" PRIu64
+           ",\n    \"entries-corrected\": %" PRIu64 ",\n    \"clusters-split\": %" PRIu64
+           ",\n    \"clusters-left-shared\": %" PRIu64
            ",\n    \"blocks-replaced\": %" PRIu64 ",\n    \"leaks-kept\": %" PRIu64
            ",\n    \"dirty-bit-cleared\": %s,\n    \"corrupt-bit-cleared\": %s",
-           h->refcounts_raised, h->refcounts_lowered, h->copied_fixed, h->blocks_replaced,
+           h->refcounts_raised, h->refcounts_lowered, h->copied_fixed, h->structures,
+           h->entries_cleared, h->entries_corrected, h->clusters_split, h->clusters_unsplit,
+           h->blocks_replaced,
            h->leaks_kept, h->dirty_cleared ? "true" : "false",
            h->corrupt_cleared ? "true" : "false");
   if (h->rebuilt)

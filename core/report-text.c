@@ -34,11 +34,26 @@ text_count (FILE *fp, uint64_t n, const char *thing, const char *done)
 }
 
 static void
+text_entries (FILE *fp, const struct heal_result *h)
+{
+  text_count (fp, h->structures, "damaged structure", "mended");
+  if (h->entries_cleared)
+    fprintf (fp, " %" PRIu64 " lost entr%s cleared;", h->entries_cleared,
+             h->entries_cleared == 1 ? "y" : "ies");
+  if (h->entries_corrected)
+    fprintf (fp, " %" PRIu64 " entr%s set right;", h->entries_corrected,
+             h->entries_corrected == 1 ? "y" : "ies");
+  text_count (fp, h->clusters_split, "shared cluster", "given a place of its own");
+  text_count (fp, h->clusters_unsplit, "cluster", "left shared");
+}
+
+static void
 text_healed (FILE *fp, const struct layer *l)
 {
   const struct heal_result *h = &l->result;
 
   fprintf (fp, "mended:");
+  text_entries (fp, h);
   if (h->rebuilt)
     fprintf (fp, " refcounts rebuilt (table at 0x%" PRIx64 ", %" PRIu64 " block%s);",
              h->rt_host_off, h->blocks_written, h->blocks_written == 1 ? "" : "s");
