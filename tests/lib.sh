@@ -379,6 +379,53 @@ heals_ok ()
   healed_file "$ov" healed.bin
 }
 
+# What damaged d.qcow2 may lose: for each disk, `-' or a snapshot, the offsets and lengths
+# that the damage explains.  Its bytes before are in sound.DISK.raw.
+declare -A may=()
+disks=(-)
+
+# forget_disk DISK: only what the report lists as lost is zeros, and no more is listed than may be.
+# The result is in want.DISK.raw.
+forget_disk ()
+{
+  # shellcheck disable=SC2086
+  cp "sound.$1.raw" "want.$1.raw" &&
+    python3 "$tests_dir/forget.py" report.json "$1" "want.$1.raw" ${may[$1]:-}
+}
+
+# disk_is_right DISK: in the healed image, as this program and as QEMU read it.
+disk_is_right ()
+{
+  local l=()
+  [ "$1" = - ] || l=(-l "snapshot.name=$1")
+  cmp "out.$1.raw" "want.$1.raw" &&
+    qemu-img convert -O raw "${l[@]}" "json:$(nested d.overlay)" n.raw && cmp n.raw "want.$1.raw"
+}
+
+# heals_losing NAME CODES ARG...: the whole promise of level all for d.qcow2; CODES in one word.
+heals_losing ()
+{
+  local name=$1 codes=$2 before disk run=$copy_out
+  shift 2
+
+  rm -f d.overlay report.json out.*raw
+  for disk in "${disks[@]}"; do
+    [ "$disk" = - ] && run+='; mv out.raw out.-.raw' ||
+      run+="; nbdcopy \"nbd+unix:///snapshot%2F$disk?socket=\$unixsocket\" out.$disk.raw"
+  done
+  before=$(sha256 d.qcow2)
+  ok "$name: heals and serves" \
+    serve d.qcow2 repair=all overlay=d.overlay report=report.json "$@" --run "$run" || return 1
+  is "$name: the source is as it was" "$(sha256 d.qcow2)" "$before"
+  for disk in "${disks[@]}"; do
+    ok "$name: lost is what was damaged ($disk)" forget_disk "$disk"
+    ok "$name: all else is right ($disk)" disk_is_right "$disk"
+  done
+  ok "$name: QEMU finds it clean" nested_qemu_img_check d.overlay
+  # shellcheck disable=SC2086
+  ok "$name: the report names $codes" report_has $codes
+}
+
 # --- making images
 
 # make_fs_image IMAGE SIZE [qemu-img create options]: an ext4 file system with

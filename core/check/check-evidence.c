@@ -3,7 +3,8 @@
  *
  * A refcount block can be checked against what it should say: it is sound if
  * nearly all clusters that are in use have the refcount that was computed for
- * them, nearly all others have 0 or 1 (leaks are no evidence against it), and
+ * them, the others have 0 or 1 (leaks are no evidence against it) but for few
+ * of all clusters (what the damage took from a snapshot had more), and
  * nearly nothing past the end of the file has one.  Guest data does not look
  * like that by accident.  A refcount table is sound if all its entries are
  * possible and most of the blocks that it names (a sample) are sound.
@@ -70,21 +71,22 @@ block_is_sound (const struct checker *k, uint64_t i, const uint8_t *buf)
 {
   const struct geom *g = k->g;
   uint64_t first = i << g->rb_bits, file_clusters = k->end >> g->cluster_bits;
-  struct tally used = { 0 }, unused = { 0 }, past = { 0 };
+  struct tally used = { 0 }, inside = { 0 }, past = { 0 };
 
   for (uint64_t j = 0; j < g->rb_entries && first + j < file_clusters; ++j) {
     uint64_t stored = refbits_get (buf, g->refcount_order, j);
     uint64_t refs = ownermap_get (k->c->owners, first + j);
 
+    bool agrees = refs ? stored == MIN (refs, g->refcount_max) : stored <= 1;
+
     if (refs)
-      count (&used, stored == MIN (refs, g->refcount_max));
-    else
-      count (&unused, stored <= 1);
+      count (&used, agrees);
+    count (&inside, agrees);
   }
   for (uint64_t j = file_clusters - MIN (file_clusters, first);
        j < g->rb_entries && past.all < PAST_END; ++j)
     count (&past, refbits_get (buf, g->refcount_order, j) == 0);
-  return used.agree > 0 && mostly (&used) && mostly (&unused) && mostly (&past);
+  return used.agree > 0 && mostly (&used) && mostly (&inside) && mostly (&past);
 }
 
 static int

@@ -19,6 +19,7 @@ Looking:
     refs CI                 references counted from the mapping
     l2-all                  all entries of the active L2 tables that are not 0
     ext TYPE                the bytes of a header extension, in hex
+    places                  name and host offset of each kind of metadata that there is
     used / free             host clusters with or without a reference, those of
                             the refcount structure counting as free
     guest FILE              write the guest's bytes there; for images that QEMU does
@@ -301,6 +302,28 @@ def fewest_clusters(img, can_grow):
     return None
 
 
+def places(img):
+    """Where something lies that no entry of the mapping may name."""
+    yield "l1", img.h["l1_table_offset"]
+    yield "l2", next(e & OFF_MASK for e in reversed(img.l1()) if e & OFF_MASK)
+    yield "rt", img.h["refcount_table_offset"]
+    yield "rb", next(e for e in img.rt() if e)
+    if img.h["nb_snapshots"]:
+        _, l1_off, l1_size = next(img.snapshots())
+        yield "snapshot-table", img.h["snapshots_offset"]
+        yield "snapshot-l1", l1_off
+        yield "snapshot-l2", next(e & OFF_MASK for e in img.table(l1_off, l1_size) if e & OFF_MASK)
+    for kind, off, _ in img.extensions():
+        if kind == 0x23852875:
+            directory, = struct.unpack(">Q", img.read(off + 16, 8))
+            table, = struct.unpack(">Q", img.read(directory, 8))
+            yield "bitmap-directory", directory
+            yield "bitmap-table", table
+            data = struct.unpack(">Q", img.read(table, 8))[0] & OFF_MASK
+            if data:
+                yield "bitmap-data", data
+
+
 def make_dense(path, bits, order, clusters):
     """Every cluster of the file is the header, a table, or data."""
     cs = 1 << bits
@@ -429,7 +452,7 @@ def write_guest(img, path):
         f.truncate(img.h["size"])
 
 
-LOOKING = {"info", "ext", "guest", "get", "host", "refs", "used", "free", "hole", "structure",
+LOOKING = {"info", "places", "ext", "guest", "get", "host", "refs", "used", "free", "hole", "structure",
            "l2-all", "lower-bound"}
 EITHER = {"l1": 1, "l2": 1, "rt-entry": 1, "refcount": 1}    # that many arguments: looking
 
@@ -440,6 +463,9 @@ def look(img, cmd, a):
             print("%s=%d" % (k, v))
         print("clusters=%d\nl1_clusters=%d\nblocks=%d" % (
             img.clusters, -(-img.h["l1_size"] * 8 // img.cs), sum(1 for e in img.rt() if e)))
+    elif cmd == "places":
+        for name, off in places(img):
+            print(name, off)
     elif cmd == "get":
         print(img.h[a[0]] if a[0] in img.h else img.clusters)
     elif cmd == "host":
