@@ -5,6 +5,10 @@
  * walk saw an entry without the flag, if any cluster is shared, or if some
  * refcount stays higher than the references: otherwise no flag can be wrong.
  *
+ * A flag that is missing where the refcount is too high agrees with that refcount,
+ * and a write is copied for nothing: that is the leak (R02), and no finding of its own.
+ * A snapshot whose deletion was cut off leaves the whole disk like that.
+ *
  * Two entries of the active disk on one host cluster are a note (T15).  The
  * second walk finds such clusters, by counting the references to shared ones
  * once more for the active disk alone; a third walk, if there are any with two,
@@ -52,6 +56,13 @@ struct copied {
   struct user_vec users;        /* protected by lock */
 };
 
+/* Is the refcount of cluster ci above its references? */
+static bool
+too_high (const struct check *c, uint64_t ci)
+{
+  return c->excess && ownermap_get (c->excess, ci) > 0;
+}
+
 /* --- L1 */
 
 static int
@@ -68,6 +79,10 @@ check_l1 (struct checker *k, struct err *err)
     if (raw == 0 || !table_fits (k, host_off, k->g->cluster_size))
       continue;
     right = check_copied (k->c, host_off >> k->g->cluster_bits);
+    if (!copied && right && too_high (k->c, host_off >> k->g->cluster_bits)) {
+      atomic_store (&k->copied_follows, true);
+      continue;
+    }
     if (copied != right) {
       struct finding f = {
         .id = FINDING_L1_COPIED_WRONG, .snapshot_index = FINDING_ACTIVE,
@@ -197,18 +212,23 @@ note_run (struct flag_walk *w, uint64_t i, uint64_t n, uint64_t ci, uint64_t raw
 static int
 check_flags (struct flag_walk *w, uint64_t i, uint64_t n, uint64_t ci, uint64_t raw)
 {
+  const struct check *c = w->cp->k->c;
   uint64_t end = ci + n, first_ci = ci, base, stop;
   bool copied = raw & ENTRY_COPIED;
   int r = 0;
 
   for (; ci < end && r == 0; ci = stop) {
-    uint64_t shared, one, mask, wrong;
+    uint64_t shared, one, mask, wrong, high;
 
     base = ROUND_DOWN (ci, 32);
     stop = MIN (base + 32, end);
     mask = word_mask (base, ci, stop);
-    one = single (w->cp->k->c, base, &shared);
-    wrong = (copied ? ~one : one) & mask;
+    one = single (c, base, &shared);
+    high = c->excess ? ownermap_word (c->excess, base) : 0;
+    high = (high | high >> 1) & LOW_BITS;
+    wrong = (copied ? ~one : one & ~high) & mask;
+    if (!copied && (one & high & mask))
+      atomic_store_explicit (&w->cp->k->copied_follows, true, memory_order_relaxed);
     for (; wrong && r == 0; wrong &= wrong - 1) {
       uint64_t j = base + __builtin_ctzll (wrong) / 2 - first_ci;
 
@@ -455,5 +475,8 @@ check_copied_flags (struct checker *k, struct err *err)
                 (k->c->kept && ownermap_end (k->c->kept) > 0);
   int r = check_l1 (k, err);
 
-  return r == 0 && needed ? check_l2_flags (k, err) : r;
+  if (r == 0 && needed)
+    r = check_l2_flags (k, err);
+  k->c->copied_follows = atomic_load (&k->copied_follows);
+  return r;
 }

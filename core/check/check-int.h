@@ -102,6 +102,7 @@ struct checker {
   uint64_t snaptab_len;         /* bytes of the snapshot table that were claimed */
   uint64_t crypto_off, crypto_len;      /* the encryption header, if it is where it can be */
   atomic_bool incomplete;       /* becomes c->incomplete */
+  atomic_bool copied_follows;   /* -> check.copied_follows */
   atomic_bool look_at_copied;   /* some L2 entry of the active disk lacks COPIED */
 };
 

@@ -95,6 +95,8 @@ struct check {
   struct ownermap *excess;
   struct orphan_stats orphans;
   bool keep_orphans;            /* as in the options */
+  /* Some COPIED flags are missing and rightly so, until refcounts that are too high are lowered. */
+  bool copied_follows;
   /* Only if incomplete or if orphans are to be kept, else NULL: clusters whose refcount is above their
    * references and therefore stays as it is (as a set; the counts mean nothing).
    */

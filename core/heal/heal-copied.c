@@ -103,7 +103,7 @@ heal_copied_flags (struct heal *h, struct err *err)
   CLEANUP_FREE uint8_t *l1 = NULL;
   int r;
 
-  if (!findings_has (&h->c->findings, FINDING_L1_COPIED_WRONG)
+  if (!h->c->copied_follows && !findings_has (&h->c->findings, FINDING_L1_COPIED_WRONG)
       && !findings_has (&h->c->findings, FINDING_L2_COPIED_WRONG))
     return 0;
   if (tables_are_doubtful (h->c))

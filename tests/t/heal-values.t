@@ -47,6 +47,22 @@ cp s.qcow2 d.qcow2
 patch d.qcow2 all-refcounts 1
 heals_ok "shared clusters counted once" d.qcow2 s.raw R01
 
+# The deletion of a snapshot was cut off before the refcounts were lowered: QEMU finds
+# leaks and nothing else, and no finding may be more than that.
+cp base.qcow2 d.qcow2
+qemu-img snapshot -c gone d.qcow2
+patch d.qcow2 set nb_snapshots=0 + set snapshots_offset=0
+heals_ok "refcounts of a snapshot that is gone" d.qcow2 base.raw R02
+is "QEMU finds leaks only" "$(qemu-img check --output=json d.qcow2 | jq -c '[.corruptions, .leaks > 0]')" \
+  '[null,true]'
+is "leaks that the COPIED flags agree with are leaks only" \
+  "$(jq -c '[.findings[].severity] | unique' report.json)" '["leak"]'
+rm -f d.qcow2.overlay
+ok "a write to such an image" serve d.qcow2 repair=off \
+  --run 'qemu-io -f raw -c "write -P 9 0 1M" "$uri"'
+is "leaves leaks only" "$(qemu-img check --output=json d.qcow2 | jq -c '[.corruptions, .leaks > 0]')" \
+  '[null,true]'
+
 # A writer that was killed, with lazy refcounts.
 make_image d.qcow2 32M -o lazy_refcounts=on
 { qemu-io -f qcow2 -c 'write -P 1 0 1M' -c 'write -P 2 9M 3M' -c abort d.qcow2 >/dev/null; } 2>/dev/null
