@@ -75,6 +75,28 @@ look (const char *path, enum found *found, struct err *err)
   return r < 0 ? err_set (err, -r, "%s", why.msg) : 0;
 }
 
+/* Whoever may make files beside the image, but not write to it, could lay a journal there
+ * and have its bytes written into the image.  One of ours belongs to whoever started us,
+ * to root or to the image's owner, and nobody else can write to it.
+ */
+static int
+refuse_strangers (struct stack *s, const char *path, struct err *err)
+{
+  struct stat st, image;
+
+  if (lstat (path, &st) < 0)
+    return 0;
+  if (stat (s->top.path, &image) < 0)
+    image.st_uid = 0;
+  if ((st.st_uid == geteuid () || st.st_uid == 0 || st.st_uid == image.st_uid)
+      && (S_ISLNK (st.st_mode) || !(st.st_mode & S_IWOTH)))
+    return 0;
+  return err_set (err, EPERM, "%s lies where the journal of %s would, but belongs to user %u or can be "
+                  "written to by anybody, so it is not trusted.  If it is no journal of yours, remove "
+                  "it; if it is, give it to the owner of the image", path, s->top.path,
+                  (unsigned) st.st_uid);
+}
+
 /* The journal of s's image in its own place, or where a link there leads. */
 static int
 find_journal (struct stack *s, char **path, char **link, struct err *err)
@@ -83,6 +105,8 @@ find_journal (struct stack *s, char **path, char **link, struct err *err)
   ssize_t n;
   int r = inplace_default_path (s->top.path, path, err);
 
+  if (r == 0)
+    r = refuse_strangers (s, *path, err);
   if (r < 0)
     return r;
   n = readlink (*path, target, sizeof target - 1);
@@ -91,7 +115,7 @@ find_journal (struct stack *s, char **path, char **link, struct err *err)
   target[n] = '\0';
   *link = *path;
   *path = strdup (target);
-  return *path ? 0 : err_set (err, ENOMEM, "out of memory");
+  return *path ? refuse_strangers (s, *path, err) : err_set (err, ENOMEM, "out of memory");
 }
 
 static int
@@ -222,12 +246,15 @@ remove_stale (struct stack *s, const char *journal, const char *link, enum found
     return refuse_lost_journal (s, journal, link, err);
   if (found == FOUND_DONE && link) {
     CLEANUP_FREE char *data = NULL;
+    enum found data_found;
 
     if (asprintf (&data, "%s.data", journal) < 0) {
       data = NULL;
       return err_set (err, ENOMEM, "out of memory");
     }
-    r = file_remove (data, err);
+    /* What is none of ours is none of ours. */
+    if (look (data, &data_found, NULL) == 0 && data_found == FOUND_DONE)
+      r = file_remove (data, err);
   }
   if (r == 0 && link)
     r = file_remove (link, err);

@@ -92,7 +92,8 @@ owner_at (const struct checker *k, uint64_t ci, const struct owner *but, struct 
   if (lies_in (k, ci, h->snapshots_host_off, k->snaptab_len) &&
       !is_but (but, OWNER_SNAPSHOT_TABLE, FINDING_ACTIVE))
     return true;
-  if (snapshot_l1_at (k, ci, but, o))
+  /* Once enough have been named, a long list of snapshots is not searched again and again. */
+  if (k->c->nr_conflicts < MAX_CONFLICTS && snapshot_l1_at (k, ci, but, o))
     return true;
   o->kind = OWNER_CRYPTO_HEADER;
   if (lies_in (k, ci, k->crypto_off, k->crypto_len))

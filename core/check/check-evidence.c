@@ -3,9 +3,10 @@
  *
  * A refcount block can be checked against what it should say: it is sound if
  * nearly all clusters that are in use have the refcount that was computed for
- * them, the others have 0 or 1 (leaks are no evidence against it) but for few
- * of all clusters (what the damage took from a snapshot had more), and
- * nearly nothing past the end of the file has one.  Guest data does not look
+ * them, the others none, but for few of all clusters, and nearly nothing past the
+ * end of the file has one.  A refcount may be higher by one for each disk, since
+ * the very entry that leads here has lost its table, and all references of that are
+ * missing.  Guest data does not look
  * like that by accident.  A refcount table is sound if all its entries are
  * possible and most of the blocks that it names (a sample) are sound.
  *
@@ -71,13 +72,13 @@ block_is_sound (const struct checker *k, uint64_t i, const uint8_t *buf)
 {
   const struct geom *g = k->g;
   uint64_t first = i << g->rb_bits, file_clusters = k->end >> g->cluster_bits;
+  uint64_t more = 1 + k->c->snapshots.len;
   struct tally used = { 0 }, inside = { 0 }, past = { 0 };
 
   for (uint64_t j = 0; j < g->rb_entries && first + j < file_clusters; ++j) {
     uint64_t stored = refbits_get (buf, g->refcount_order, j);
     uint64_t refs = ownermap_get (k->c->owners, first + j);
-
-    bool agrees = refs ? stored == MIN (refs, g->refcount_max) : stored <= 1;
+    bool agrees = stored >= MIN (refs, g->refcount_max) && stored <= refs + more;
 
     if (refs)
       count (&used, agrees);

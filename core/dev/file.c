@@ -498,9 +498,15 @@ file_copy_mode (struct bdev *d, const char *path, struct err *err)
 {
   struct file *f = (struct file *) d;
   struct stat like, st;
+  mode_t mode;
 
-  if (stat (path, &like) < 0 || fstat (f->fd, &st) < 0
-      || fchmod (f->fd, st.st_mode & (like.st_mode | S_IRUSR | S_IWUSR) & 0777) < 0)
+  if (stat (path, &like) < 0 || fstat (f->fd, &st) < 0)
+    return err_set (err, errno, "%s: cannot stat: %s", path, strerror (errno));
+  mode = st.st_mode & (like.st_mode | S_IRUSR | S_IWUSR) & 0777;
+  /* What the image's group may do is not for another group. */
+  if (st.st_gid != like.st_gid && fchown (f->fd, -1, like.st_gid) < 0)
+    mode &= ~S_IRWXG;
+  if (fchmod (f->fd, mode) < 0)
     return err_set (err, errno, "%s: cannot set the permissions: %s", d->name, strerror (errno));
   return 0;
 }

@@ -217,6 +217,14 @@ header_refuse_features (const uint8_t *cluster, struct header *h, struct err *er
                   "%s; a newer version may", list);
 }
 
+bool
+header_backing_outside (const struct header *h)
+{
+  return h->backing_off != 0
+         && (h->backing_len > MAX_BACKING_NAME
+             || !range_fits (h->backing_off, h->backing_len, UINT64_C (1) << h->cluster_bits));
+}
+
 const struct header_ext *
 header_find_ext (const struct header *h, uint32_t type)
 {

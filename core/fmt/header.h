@@ -91,6 +91,11 @@ bool header_feature_name (const struct header *h, const uint8_t *cluster, uint8_
  */
 int header_decode_extensions (const uint8_t *cluster, struct header *h, struct err *err);
 
+/* Does the backing file's name lie where it cannot?  QEMU refuses a place outside the
+ * first cluster even for a name of no bytes.
+ */
+bool header_backing_outside (const struct header *h);
+
 /* First extension of that type, or NULL. */
 const struct header_ext *header_find_ext (const struct header *h, uint32_t type);
 

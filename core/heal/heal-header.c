@@ -70,15 +70,6 @@ find_name (const struct ext_list *l, uint64_t *off, uint32_t *len, struct err *e
   return r;
 }
 
-static bool
-name_outside (const struct header *header)
-{
-  return header->backing_off && header->backing_len &&
-         (header->backing_len > MAX_BACKING_NAME ||
-          !range_fits (header->backing_off, header->backing_len,
-                       UINT64_C (1) << header->cluster_bits));
-}
-
 /* A place in the midst of the extensions makes these look damaged.  last: nothing is
  * left to be mended that could tell more.
  */
@@ -90,7 +81,7 @@ mend_name (struct heal *h, bool last, struct err *err)
   uint64_t off = 0;
   uint32_t len = 0;
   int r = ext_list_read (h, &l, err);
-  bool outside = r == 0 && name_outside (&l.header);
+  bool outside = r == 0 && header_backing_outside (&l.header);
 
   if (outside || (r == 0 && l.header.backing_off && l.header.exts_damaged))
     r = find_name (&l, &off, &len, err);

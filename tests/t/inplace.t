@@ -145,4 +145,20 @@ ok "orphans: kept ($leaks of $orphans clusters)" test "$leaks" -gt 100
 ok "orphans: freed when told so" serve a.qcow2 inplace=true discard-orphans=true
 ok "orphans: then it is clean" img_check_clean -f qcow2 a.qcow2
 
+# Somebody who may only make files beside the image must not get bytes into it.
+if [ "$(id -u)" = 0 ]; then
+  make_image a.qcow2 16M
+  patch a.qcow2 rt-zero
+  cp a.qcow2 stranger
+  chown 12345 stranger
+  ln -s "$PWD/stranger" $journal
+  refused "a journal of another user's" 'user 12345' inplace=true
+  rm -f $journal
+  ln -s "$PWD/nowhere" $journal
+  chown -h 12345 $journal
+  refused "a link of another user's" 'user 12345' inplace=true
+  refused "a link of another user's, only looked at" 'user 12345'
+  rm -f $journal stranger
+fi
+
 done_testing
