@@ -22,6 +22,7 @@ struct layer {
   struct check *before;         /* NULL: not checked */
   struct check *after;          /* NULL: nothing was healed */
   struct heal_result result;
+  struct orphan_stats source_orphans;   /* of an overlay used again: those of the source */
   struct lost lost;             /* guest ranges that nothing can bring back */
 };
 
@@ -40,6 +41,17 @@ static inline const struct check *
 layer_now (const struct layer *l)
 {
   return l->after ? l->after : l->before;
+}
+
+/* The orphans there are: an overlay that is used again has freed those of its source, but
+ * the source keeps them.  l->before must be there.
+ */
+static inline const struct orphan_stats *
+layer_orphans (const struct layer *l)
+{
+  const struct orphan_stats *o = &l->source_orphans;
+
+  return o->clusters + o->tables > 0 ? o : &l->before->orphans;
 }
 
 /* Lay an overlay over the source: a file that is there or is made, or RAM.

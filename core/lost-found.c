@@ -22,7 +22,9 @@
 bool
 lost_found_any (const struct stack *s)
 {
-  return s->top.before && s->top.before->orphans.clusters + s->top.before->orphans.tables > 0;
+  const struct orphan_stats *o = s->top.before ? layer_orphans (&s->top) : NULL;
+
+  return o && o->clusters + o->tables > 0;
 }
 
 /* Orphans of source that healed has no more. */

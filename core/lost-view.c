@@ -132,6 +132,8 @@ lost_view_recall (struct layer *l, struct progress *progress, struct err *err)
     r = err_set (err, ENOMEM, "out of memory");
   if (r == 0)
     r = layer_check (&again, false, progress, err);
+  if (r == 0 && orphan_findings (again.before) > 0)
+    l->source_orphans = again.before->orphans;
   if (r == 0 && !again.before->geom.data_file && again.before->header.crypt_method == CRYPT_NONE
       && heal_all_needed (again.before)) {
     r = layer_lay_memory (&again, err);

@@ -14,7 +14,7 @@ int lost_view_guard (struct bdev **view, const struct lost *l, const struct snap
                      struct err *err);
 
 /* l's overlay was healed by an earlier start, so that nothing in it tells any more
- * what was lost.  Heal the source again, in RAM, for its list alone, and add to
+ * what was lost, or which clusters of the source nothing leads to (l->source_orphans).  Heal the source again, in RAM, for its list alone, and add to
  * l->lost what the healed image still has nothing for.
  */
 int lost_view_recall (struct layer *l, struct progress *progress, struct err *err);

@@ -180,7 +180,7 @@ json_layer (FILE *fp, const struct layer *l)
   if (l->before) {
     json_check (fp, l);
     json_lost (fp, &l->lost);
-    json_orphans (fp, &l->before->orphans);
+    json_orphans (fp, layer_orphans (l));
   }
   if (l->after)
     json_healed (fp, l);

@@ -141,7 +141,10 @@ text_lost_snapshots (FILE *fp, const struct lost_snapshot_vec *v)
   fprintf (l.fp, "LOST snapshot%s: ", v->len == 1 ? "" : "s");
   for (i = 0; i < v->len && i < LOST_SHOWN; ++i) {
     fputs (i ? ", " : "", l.fp);
-    report_name (l.fp, v->ptr[i].name ? v->ptr[i].name : "");
+    if (v->ptr[i].name && v->ptr[i].name[0])
+      report_name (l.fp, v->ptr[i].name);
+    else
+      fputs ("of unknown name", l.fp);
     if (v->ptr[i].why < NR_FINDINGS)
       fprintf (l.fp, " (%s)", finding_kinds[v->ptr[i].why].code);
   }
@@ -195,18 +198,19 @@ text_chain (FILE *fp, const struct stack *s)
 
 /* Not for mere leaks, which the findings tell. */
 static void
-text_orphans (FILE *fp, const struct check *c)
+text_orphans (FILE *fp, const struct layer *l)
 {
-  const struct orphan_stats *o = &c->orphans;
+  const struct orphan_stats *o = layer_orphans (l);
 
-  if (orphan_findings (c) == 0)
+  if (orphan_findings (l->before) == 0 && o != &l->source_orphans)
     return;
   fprintf (fp, "orphans: ");
-  report_size (fp, o->clusters << c->geom.cluster_bits);
+  report_size (fp, o->clusters << l->before->geom.cluster_bits);
   if (o->tables)
     fprintf (fp, ", with %" PRIu64 " lost table%s%s", o->tables, o->tables == 1 ? "" : "s",
              o->sampled ? " or more" : "");
-  fputs (", served as the export lost+found\n", fp);
+  fprintf (fp, ", served as the export lost+found%s\n",
+           l->healed != l->source ? "; the image keeps them" : "");
 }
 
 static void
@@ -247,7 +251,7 @@ text_tail (FILE *fp, const struct stack *s)
   text_lost (fp, &s->top.lost);
   if (s->top.before) {
     report_conflicts_text (fp, s->top.before, CONFLICTS_SHOWN);
-    text_orphans (fp, s->top.before);
+    text_orphans (fp, &s->top);
   }
   text_chain (fp, s);
   text_committed (fp, &s->inplace);

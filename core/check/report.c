@@ -294,8 +294,8 @@ print_totals (FILE *fp, const struct check *c)
     fputs ("no errors were found", fp);
   putc ('\n', fp);
   if (c->incomplete)
-    fputs ("parts of the image could not be followed: "
-           "clusters without a known owner are left alone\n", fp);
+    fputs ("parts of the image could not be followed: as long as that is so, "
+           "no cluster is freed\n", fp);
 }
 
 /* Slices of the runs, kind by kind, the most severe first.  Returns how many. */

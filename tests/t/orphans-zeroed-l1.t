@@ -59,6 +59,10 @@ ok "an overlay is made" serve d.qcow2 overlay=o.qcow2 report=r.json --run '
 ok "the healed image is clean" nested_qemu_img_check o.qcow2
 ok "lost+found is the same behind a used overlay" eval '
   serve d.qcow2 overlay=o.qcow2 --run "$(fetch lost+found lf2)" && cmp lf lf2'
+ok "the export is listed behind a used overlay, too" serve d.qcow2 overlay=o.qcow2 report=r.json \
+  --run 'nbdinfo --list "$uri" | grep -q lost+found.json'
+matches "the operator is told again" err.log 'orphans: .* the image keeps them'
+ok "the report counts them" jq -e '.orphans.clusters > 0 and .orphans.tables > 0' r.json
 is "the source is as it was" "$(sha256 d.qcow2)" "$before"
 
 done_testing
