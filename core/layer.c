@@ -119,14 +119,13 @@ layer_lay_file (struct layer *l, const char *overlay_path, uint64_t guest_size,
 int
 layer_lay_memory (struct layer *l, struct err *err)
 {
-  struct overlay_options oopts = { .source_path = l->path };
+  /* Nobody writes there, but zeros in the place of what is lost may take as much room. */
+  struct overlay_options oopts = {
+    .source_path = l->path, .max_size = max_healed_size (l, l->before->header.size),
+  };
   struct bdev *healed;
-  int r;
+  int r = overlay_in_memory (l->source, &oopts, &healed, err);
 
-  /* Room for new refcount structures of the narrowest clusters, no more. */
-  oopts.max_size = saturating_add (bdev_size (l->source),
-                                   bdev_size (l->source) / 16 + (UINT64_C (16) << 20));
-  r = overlay_in_memory (l->source, &oopts, &healed, err);
   if (r == 0)
     put_on_top (l, healed);
   return r;

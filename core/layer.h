@@ -55,7 +55,8 @@ layer_orphans (const struct layer *l)
 }
 
 /* Lay an overlay over the source: a file that is there or is made, or RAM.
- * guest_size: bytes of guest data that may have to find room in l, at the most.
+ * guest_size: bytes of guest data that may have to find room in l, at the most; in RAM it is
+ * the disk's, so the layer must have been checked.
  */
 int layer_lay_file (struct layer *l, const char *overlay_path, uint64_t guest_size,
                     size_t cache_size, bool *created, struct err *err);

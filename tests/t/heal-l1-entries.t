@@ -55,6 +55,15 @@ for geometry in '512 2 256K' '512 3 256K' '4096 2 4M' '4096 3 4M'; do
     backing=follow
 done
 
+# In RAM there is room for as many zeros as the lost range is long.
+truncate -s 1G big.raw
+qemu-io -f raw -c 'write -q -P 187 0 64k' big.raw >/dev/null
+qemu-img create -q -f qcow2 -o compat=0.10 -b big.raw -F raw d.qcow2 1G
+patch d.qcow2 l1 0 "$outside"
+ok "in RAM, version 2, a long lost range: served" \
+  serve d.qcow2 repair=all backing=follow --run 'qemu-io -r -f raw -c "read -P 0 0 1M" "$uri" >io.log'
+ok "in RAM, version 2, a long lost range: reads as zeros" not grep -q failed io.log
+
 # A snapshot of 4 MiB, and a disk that says 2 MiB: the snapshot's own size counts.
 qemu-img create -q -f qcow2 -o cluster_size=4096 -b base.raw -F raw d.qcow2 4M
 qemu-io -f qcow2 -c 'write -q -P 1 0 8k' -c 'write -q -P 2 2M 8k' d.qcow2 >/dev/null
