@@ -76,6 +76,18 @@ bitmap_damaged (struct bitmaps *b, size_t i, uint64_t found, struct err *err)
       .found = found }, err);
 }
 
+/* What the device cannot read may be right: it is no reason to drop anything. */
+static int
+bitmaps_unreadable (struct bitmaps *b, uint64_t host_off, struct err *err)
+{
+  set_incomplete (b->k);
+  if (b->soft)
+    return 0;
+  return add_finding (b->k, (struct finding) {
+      .id = FINDING_BITMAP_UNREADABLE, .snapshot_index = FINDING_ACTIVE,
+      .host_off = host_off, .guest_off = FINDING_NO_OFF }, err);
+}
+
 /* Bitmap i (DIRECTORY: all of them) lies on metadata in [off, off + len): who is right
  * is known later (check-contests.c).
  */
@@ -180,7 +192,9 @@ read_directory (struct bitmaps *b, uint64_t len, uint32_t nr, struct err *err)
     r = load_tables (b->k, &load, 1, err);
   if (r < 0)
     return r;
-  if (load.r < 0 || !decode_directory (b, dir, len, nr))
+  if (load.r < 0)
+    return bitmaps_unreadable (b, b->dir_host_off, err);
+  if (!decode_directory (b, dir, len, nr))
     return directory_damaged (b, err);
   return conflict ? bitmap_overlaps (b, DIRECTORY, b->dir_host_off, len, 0, err) : 0;
 }
@@ -220,7 +234,7 @@ table_read (void *opaque, size_t i, const void *buf, int r, const struct err *wh
   if (progress_cancelled (t->b->k->progress))
     return -ECANCELED;
   if (r < 0)
-    return bitmap_damaged (t->b, p->bitmap, 0, NULL);
+    return bitmaps_unreadable (t->b, t->b->list.ptr[p->bitmap].table_host_off, NULL);
   for (uint64_t j = zero_words (buf, p->entries); j < p->entries && r == 0; ++j) {
     uint64_t raw = load_be64 ((const uint8_t *) buf + j * 8);
 

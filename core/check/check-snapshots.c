@@ -53,6 +53,7 @@ struct snaptab {
   uint64_t len;                 /* bytes read */
   uint64_t limit;               /* bytes that can be read */
   uint64_t off;                 /* of the next entry, from the start of the table */
+  bool unreadable;              /* the device could not read on */
 };
 
 /* 1 = there is more now, 0 = there is no more to read, or -errno. */
@@ -71,6 +72,7 @@ read_more (struct checker *k, struct snaptab *t, uint64_t need, struct err *err)
   t->buf = p;
   r = bdev_pread_padded (k->d, p + t->len, want - t->len,
                          k->c->header.snapshots_host_off + t->len, err);
+  t->unreadable = r < 0;
   if (r < 0)
     return r;
   t->len = want;
@@ -239,6 +241,10 @@ read_snapshots (struct checker *k, struct snaptab *t, struct err *err)
   for (uint32_t i = 0; i < MIN (h->nr_snapshots, MAX_SNAPSHOTS); ++i) {
     int r = take_entry (k, t, i, certain_only, err);
 
+    /* What comes there may be right. */
+    if (r == 0 && t->unreadable)
+      return snapshot_finding (k, FINDING_SNAPSHOT_TABLE_UNREADABLE, NO_SNAPSHOT, i,
+                               h->snapshots_host_off + t->len, 0, err);
     if (r == 0 && !absurd) {
       r = snapshot_finding (k, FINDING_SNAPSHOT_ENTRY_BAD, NO_SNAPSHOT, i,
                             h->snapshots_host_off + t->off, 0, err);

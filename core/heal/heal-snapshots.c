@@ -279,6 +279,9 @@ heal_snapshots (struct heal *h, struct lost *lost, struct err *err)
                total (h, FINDING_SNAPSHOT_ENTRY_BAD);
   int r;
 
+  /* A new table would lack those that the device did not give us. */
+  if (total (h, FINDING_SNAPSHOT_TABLE_UNREADABLE))
+    return 0;
   for (size_t i = 0; i < h->c->snapshots.len && !wrong; ++i)
     wrong = h->c->snapshots.ptr[i].unusable || lacks_extra_data (h, &h->c->snapshots.ptr[i]);
   if (!wrong)

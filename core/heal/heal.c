@@ -12,8 +12,8 @@
  * Stopped anywhere, the next start checks again and finishes (I6).
  *
  * What this does not do: move, drop or invent guest data.  Where the check could
- * not follow everything, or orphans are to be kept (c->kept), no refcount is lowered, since what looks
- * like a leak may be all that is left of a lost table.
+ * not follow everything, or orphans are to be kept (c->kept), no refcount is lowered,
+ * since what looks like a leak may be all that is left of a lost table.
  */
 #include <errno.h>
 #include <stdlib.h>

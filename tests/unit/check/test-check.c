@@ -744,6 +744,31 @@ with_bad_range (struct bdev *under, uint64_t off, uint64_t len)
   return &b->d;
 }
 
+/* They are not damaged, so no repair may drop them. */
+static void
+expect_unreadable_bitmaps (void)
+{
+  struct bdev *d = with_bitmap ();
+  uint64_t dir = get64 (d, ext_place (d, EXT_BITMAPS) + 16);
+  uint64_t places[] = { dir, get64 (d, dir) };
+
+  for (size_t i = 0; i < 2; ++i) {
+    struct bdev *bad = with_bad_range (d, places[i], 1);
+    struct check *c = check_image (bad);
+
+    assert_true (findings_has (&c->findings, FINDING_BITMAP_UNREADABLE));
+    assert_false (findings_has (&c->findings, FINDING_BITMAPS_DAMAGED));
+    assert_false (findings_has (&c->findings, FINDING_BITMAP_DAMAGED));
+    assert_false (c->bitmap_dir_damaged);
+    for (size_t j = 0; j < c->bitmaps.len; ++j)
+      assert_false (c->bitmaps.ptr[j].damaged);
+    assert_true (c->incomplete);
+    check_free (c);
+    bdev_unref (bad);
+  }
+  bdev_unref (d);
+}
+
 static void
 test_unreadable (void **state)
 {
@@ -758,6 +783,7 @@ test_unreadable (void **state)
   expect (with_bad_range (d, snapshots, 1), "S08:1 R02:21 O01:2 O02:1", true);
   expect (with_bad_range (d, get64 (d, snapshots), 1), "S03:1 R02:17 O02:1", true);
   expect (with_bad_range (d, rt, 1), "R17:1", false);
+  expect_unreadable_bitmaps ();
   expect (with_bad_range (d, get64 (d, rt), 1), "R24:1", false);
   bad = with_bad_range (d, 60, 1);
   assert_int_equal (check_run (bad, NULL, &c, &err), -EIO);
