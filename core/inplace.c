@@ -292,7 +292,7 @@ inplace_begin (struct stack *s, struct progress *progress, struct err *err)
   if (r < 0 || !s->inplace.wanted)
     return r < 0 ? r : only_look (s, path, link, err);
   s->inplace.named = s->overlay != NULL;
-  r = file_make_writable (s->top.source, err);
+  r = bdev_make_writable (s->top.source, err);
   if (r < 0) {
     err_prefix (err, "inplace=true");
     return r;
@@ -339,7 +339,7 @@ prepare_data (struct stack *s, struct err *err)
   r = look (ip->data_journal, &found, err);
   if (r < 0 || found == FOUND_NOTHING || found == FOUND_DONE)
     return r;
-  r = file_make_writable (s->data.source, err);
+  r = bdev_make_writable (s->data.source, err);
   if (r < 0)
     return r;
   if (found == FOUND_COMMITTING)

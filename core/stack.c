@@ -247,7 +247,7 @@ raise_to_writer (struct stack *s, struct layer *l)
   struct err why = { 0 };
 
   if (!s->why_read_only && l->source && l->healed == l->source
-      && file_make_writable (l->source, &why) < 0)
+      && bdev_make_writable (l->source, &why) < 0)
     read_only_because (s, "%s cannot be opened for writing: %s", l->path, why.msg);
 }
 

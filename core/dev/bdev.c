@@ -36,6 +36,7 @@ bdev_init (struct bdev *d, const struct bdev_ops *ops, const char *name,
   d->ops = ops;
   d->writable = writable;
   d->can_grow = can_grow;
+  d->far = false;
   atomic_init (&d->refs, 1);
   atomic_init (&d->size, size);
   return 0;
@@ -293,4 +294,21 @@ bdev_cache (struct bdev *d, uint64_t off, uint64_t len, struct err *err)
   if (r < 0 || len == 0 || d->ops->cache == NULL)
     return r;
   return finish (d, d->ops->cache (d, off, len, err), "cache", err);
+}
+
+int
+bdev_make_writable (struct bdev *d, struct err *err)
+{
+  if (d->writable)
+    return 0;
+  if (d->ops->make_writable == NULL)
+    return err_set (err, EROFS, "%s: it cannot be written to", d->name);
+  return finish (d, d->ops->make_writable (d, err), "opening for writing", err);
+}
+
+int
+bdev_identity (struct bdev *d, struct bdev_identity *id, struct err *err)
+{
+  memset (id, 0, sizeof *id);
+  return d->ops->identity ? finish (d, d->ops->identity (d, id, err), "identity", err) : 0;
 }

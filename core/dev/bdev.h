@@ -13,6 +13,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <time.h>
 
 #include "base/err.h"
 
@@ -49,6 +50,12 @@ struct bdev_range {
 typedef int (*bdev_many_fn) (void *opaque, size_t index, const void *buf, int r,
                              const struct err *why);
 
+/* Facts about what a device lies on that change when somebody else writes to it. */
+struct bdev_identity {
+  bool has_mtime;               /* false: there is no time, or it says nothing */
+  struct timespec mtime;
+};
+
 /* What a device implements.  Arguments were checked by bdev.c: the range lies
  * inside the device, len > 0, the device is writable where that matters.
  * NULL = not supported: see the functions below for what then happens.
@@ -72,6 +79,9 @@ struct bdev_ops {
   int (*extents) (struct bdev *, uint64_t off, uint64_t len, bdev_extent_fn,
                   void *opaque, struct err *);
   int (*cache) (struct bdev *, uint64_t off, uint64_t len, struct err *);
+  /* Sources only: see the functions of the same name. */
+  int (*make_writable) (struct bdev *, struct err *);
+  int (*identity) (struct bdev *, struct bdev_identity *, struct err *);
   /* Last reference gone: free what the device owns and its struct too; name is
    * freed by bdev.c afterwards.
    */
@@ -84,6 +94,8 @@ struct bdev {
   char *name;                   /* constant after open; owned; for messages */
   bool writable;                /* constant once I/O has begun */
   bool can_grow;                /* constant after open; false: size is a hard limit */
+  bool far;                     /* constant after open; each read costs a journey: ask for more
+                                   at once (bdev_cache, bdev_read_many) than is needed next */
   atomic_uint refs;
   _Atomic uint64_t size;        /* bytes; grows only through resize */
 };
@@ -145,7 +157,19 @@ int bdev_resize (struct bdev *d, uint64_t size, struct err *err);
 int bdev_extents (struct bdev *d, uint64_t off, uint64_t len, bdev_extent_fn fn,
                   void *opaque, struct err *err);
 
-/* Hint that the range will be read soon.  Without ops->cache: does nothing. */
+/* Hint that the range will be read soon.  Without ops->cache: does nothing.  On a far
+ * device it returns before the bytes are there.
+ */
 int bdev_cache (struct bdev *d, uint64_t off, uint64_t len, struct err *err);
+
+/* Turn a source that was opened read-only into a writable one, so that nobody else can begin
+ * to write in between.  No I/O may be under way.  On failure it is as before: -EAGAIN another
+ * program uses it, -EACCES, -EROFS, -EPERM it is not writable; without ops->make_writable
+ * -EROFS.
+ */
+int bdev_make_writable (struct bdev *d, struct err *err);
+
+/* Without ops->identity: nothing is known. */
+int bdev_identity (struct bdev *d, struct bdev_identity *id, struct err *err);
 
 #endif /* QR_DEV_BDEV_H */

@@ -333,6 +333,46 @@ file_cache (struct bdev *d, uint64_t off, uint64_t len, struct err *err)
   return io_error (f, r, "caching", len, off, err);
 }
 
+static int
+file_make_writable (struct bdev *d, struct err *err)
+{
+  struct file *f = (struct file *) d;
+  char path[64];
+  int fd, r;
+
+  if (!f->locked)
+    return err_set (err, EINVAL, "%s: an image that is not locked must not be opened "
+                    "for writing", d->name);
+  r = imglock_take (f->lock_fd, d->name, true, err);
+  if (r < 0)
+    return r;
+  /* The same inode, whatever the name means by now. */
+  snprintf (path, sizeof path, "/proc/self/fd/%d", f->lock_fd);
+  fd = open (path, O_RDWR | O_CLOEXEC | O_NOCTTY);
+  if (fd < 0) {
+    r = err_set (err, errno, "cannot open %s for writing: %s", d->name, strerror (errno));
+    imglock_lower (f->lock_fd);
+    return r;
+  }
+  f->fd = fd;
+  d->writable = true;
+  return 0;
+}
+
+static int
+file_identity (struct bdev *d, struct bdev_identity *id, struct err *err)
+{
+  struct file *f = (struct file *) d;
+  struct stat st;
+
+  if (fstat (f->fd, &st) < 0)
+    return err_set (err, errno, "%s: cannot stat: %s", d->name, strerror (errno));
+  id->has_mtime = !f->is_block;
+  if (id->has_mtime)
+    id->mtime = st.st_mtim;
+  return 0;
+}
+
 static void
 file_close (struct bdev *d)
 {
@@ -357,6 +397,8 @@ static const struct bdev_ops file_ops = {
   .resize = file_resize,
   .extents = file_extents,
   .cache = file_cache,
+  .make_writable = file_make_writable,
+  .identity = file_identity,
   .close = file_close,
 };
 
@@ -539,47 +581,4 @@ file_remove (const char *path, struct err *err)
   if (unlink (path) < 0 && errno != ENOENT)
     return err_set (err, errno, "cannot remove %s: %s", path, strerror (errno));
   return file_sync_folder (path, err);
-}
-
-int
-file_make_writable (struct bdev *d, struct err *err)
-{
-  struct file *f = (struct file *) d;
-  char path[64];
-  int fd, r;
-
-  if (!f->locked)
-    return err_set (err, EINVAL, "%s: an image that is not locked must not be opened "
-                    "for writing", d->name);
-  if (d->writable)
-    return 0;
-  r = imglock_take (f->lock_fd, d->name, true, err);
-  if (r < 0)
-    return r;
-  /* The same inode, whatever the name means by now. */
-  snprintf (path, sizeof path, "/proc/self/fd/%d", f->lock_fd);
-  fd = open (path, O_RDWR | O_CLOEXEC | O_NOCTTY);
-  if (fd < 0) {
-    r = err_set (err, errno, "cannot open %s for writing: %s", d->name, strerror (errno));
-    imglock_lower (f->lock_fd);
-    return r;
-  }
-  f->fd = fd;
-  d->writable = true;
-  return 0;
-}
-
-int
-file_identity (struct bdev *d, struct file_identity *id, struct err *err)
-{
-  struct file *f = (struct file *) d;
-  struct stat st;
-
-  memset (id, 0, sizeof *id);
-  if (fstat (f->fd, &st) < 0)
-    return err_set (err, errno, "%s: cannot stat: %s", d->name, strerror (errno));
-  id->has_mtime = !f->is_block;
-  if (id->has_mtime)
-    id->mtime = st.st_mtim;
-  return 0;
 }

@@ -3,7 +3,6 @@
 #define QR_DEV_FILE_H
 
 #include <stdbool.h>
-#include <time.h>
 
 #include "dev/bdev.h"
 
@@ -18,6 +17,10 @@ enum {
  * i") and 200+i ("nobody else may"); a conflict is -EAGAIN with a message that
  * says who is likely to hold it and what to do.  A file system that has no
  * such locks is used without.  Regular files can grow, block devices cannot.
+ *
+ * bdev_make_writable raises the locks on the descriptor that holds them, so that there is no
+ * instant at which another writer could slip in, then opens the same inode (not the path)
+ * again; FILE_NO_LOCK devices: -EINVAL.
  */
 int file_open (const char *path, unsigned flags, struct bdev **ret, struct err *err);
 
@@ -43,21 +46,5 @@ int file_sync_folder (const char *path, struct err *err);
 
 /* Remove path, durably.  0 also if nothing was there. */
 int file_remove (const char *path, struct err *err);
-
-/* Turn a device opened read-only into a writable one: the locks are raised on
- * the descriptor that holds them, so that there is no instant at which another
- * writer could slip in, then the same inode (not the path) is opened again.
- * No I/O may be under way.  On failure the device is as before: -EAGAIN another
- * process uses the image, -EACCES/-EROFS/-EPERM not writable.  FILE_NO_LOCK devices: -EINVAL.
- */
-int file_make_writable (struct bdev *d, struct err *err);
-
-struct file_identity {
-  bool has_mtime;               /* false for block devices: their times say nothing */
-  struct timespec mtime;
-};
-
-/* Facts about the open file that change when somebody writes to it. */
-int file_identity (struct bdev *d, struct file_identity *id, struct err *err);
 
 #endif /* QR_DEV_FILE_H */

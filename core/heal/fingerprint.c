@@ -14,7 +14,6 @@
 #include "base/cleanup.h"
 #include "base/endian.h"
 #include "base/num.h"
-#include "dev/file.h"
 #include "fmt/header.h"
 #include "heal/fingerprint.h"
 
@@ -92,8 +91,8 @@ fingerprint_sums (struct bdev *d, struct fingerprint *f, struct err *err)
 int
 fingerprint_of_source (struct bdev *source, struct fingerprint *f, struct err *err)
 {
-  struct file_identity id;
-  int r = file_identity (source, &id, err);
+  struct bdev_identity id;
+  int r = bdev_identity (source, &id, err);
 
   if (r < 0)
     return r;

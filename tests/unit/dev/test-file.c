@@ -395,13 +395,13 @@ static void
 identity (void **state)
 {
   struct bdev *d = create (4096);
-  struct file_identity a, b;
+  struct bdev_identity a, b;
   struct timespec times[2] = { { .tv_nsec = UTIME_OMIT }, { 12345, 678 } };
 
-  assert_int_equal (file_identity (d, &a, NULL), 0);
+  assert_int_equal (bdev_identity (d, &a, NULL), 0);
   assert_true (a.has_mtime);
   assert_int_equal (utimensat (AT_FDCWD, path, times, 0), 0);
-  assert_int_equal (file_identity (d, &b, NULL), 0);
+  assert_int_equal (bdev_identity (d, &b, NULL), 0);
   assert_true (b.mtime.tv_sec == 12345 && b.mtime.tv_nsec == 678);
   assert_false (a.mtime.tv_sec == b.mtime.tv_sec);
   bdev_unref (d);
@@ -457,7 +457,7 @@ block_device (void **state)
   enum { SIZE = 4 << 20 };
   static const unsigned flags[] = { 0, BDEV_MAY_TRIM, BDEV_FAST | BDEV_MAY_TRIM };
   uint8_t *model = malloc (SIZE), *buf = malloc (SIZE);
-  struct file_identity id;
+  struct bdev_identity id;
   struct err err = { 0 };
   uint64_t data = 0;
   struct bdev *d;
@@ -472,7 +472,7 @@ block_device (void **state)
   assert_false (d->can_grow);
   assert_int_equal (bdev_resize (d, SIZE + 512, NULL), -ENOSPC);
   assert_int_equal (bdev_resize (d, SIZE - 512, NULL), -ENOTSUP);
-  assert_int_equal (file_identity (d, &id, NULL), 0);
+  assert_int_equal (bdev_identity (d, &id, NULL), 0);
   assert_false (id.has_mtime);
   memset (model, 0x5a, SIZE);
   assert_ok (bdev_pwrite (d, model, SIZE, 0, 0, &err), &err);
@@ -519,7 +519,7 @@ block_device_locks_and_make_writable (void **state)
     skip ();
   assert_ok (file_open (loop_device, 0, &d, &err), &err);
   assert_int_equal (file_open (loop_device, FILE_WRITE, &other, NULL), -EAGAIN);
-  assert_ok (file_make_writable (d, &err), &err);
+  assert_ok (bdev_make_writable (d, &err), &err);
   assert_ok (bdev_pwrite (d, "x", 1, 77, BDEV_FUA, &err), &err);
   assert_int_equal (file_open (loop_device, 0, &other, NULL), -EAGAIN);
   bdev_unref (d);

@@ -87,7 +87,7 @@ among_ourselves (void **state)
   /* One that does not lock is in nobody's way. */
   a = must_open (FILE_NO_LOCK);
   assert_int_equal (try_open (FILE_WRITE), 0);
-  assert_int_equal (file_make_writable (a, NULL), -EINVAL);
+  assert_int_equal (bdev_make_writable (a, NULL), -EINVAL);
   bdev_unref (a);
 }
 
@@ -102,14 +102,14 @@ reader_becomes_writer (void **state)
   a = must_open (0);
   b = must_open (0);
   /* Refused while another reads; and then as before, in nobody's way. */
-  assert_int_equal (file_make_writable (a, NULL), -EAGAIN);
+  assert_int_equal (bdev_make_writable (a, NULL), -EAGAIN);
   assert_false (a->writable);
   assert_int_equal (bdev_pwrite (a, "abc", 3, 0, 0, NULL), -EROFS);
   assert_int_equal (try_open (0), 0);
   bdev_unref (b);
   /* By the inode, not by the name. */
   assert_int_equal (run ("mv '%s' '%s.old' && truncate -s 1M '%s'", path, path, path), 0);
-  assert_ok (file_make_writable (a, &err), &err);
+  assert_ok (bdev_make_writable (a, &err), &err);
   assert_true (a->writable);
   assert_ok (bdev_pwrite (a, "abc", 3, 5, BDEV_FUA, &err), &err);
   assert_ok (bdev_resize (a, 2 << 20, &err), &err);
@@ -137,7 +137,7 @@ not_writable_stays_a_reader (void **state)
     prctl (PR_SET_DUMPABLE, 1); /* else /proc/self is root's */
   }
   a = must_open (0);
-  r = file_make_writable (a, NULL);
+  r = bdev_make_writable (a, NULL);
   b = must_open (0);            /* the writer's locks are gone again */
   if (root)
     assert_int_equal (seteuid (0), 0);
@@ -269,7 +269,7 @@ qemu_refuses_ours (void **state)
   assert_int_equal (run ("qemu-img info -U '%s'", path), 0);
   bdev_unref (d);
   d = must_open (0);
-  assert_int_equal (file_make_writable (d, NULL), 0);
+  assert_int_equal (bdev_make_writable (d, NULL), 0);
   assert_int_equal (qemu_io ("-r", "read 0 512"), 1);
   bdev_unref (d);
   /* Without locks we are invisible. */
@@ -296,10 +296,10 @@ we_refuse_qemu_io (void **state)
   start_qemu_io ("-r");
   assert_int_equal (try_open (FILE_WRITE), -EAGAIN);
   d = must_open (0);
-  assert_int_equal (file_make_writable (d, NULL), -EAGAIN);
+  assert_int_equal (bdev_make_writable (d, NULL), -EAGAIN);
   assert_int_equal (qemu_io ("-r", "read 0 512"), 0);   /* still only a reader */
   stop_qemu_io ();
-  assert_int_equal (file_make_writable (d, NULL), 0);
+  assert_int_equal (bdev_make_writable (d, NULL), 0);
   bdev_unref (d);
 }
 
