@@ -29,7 +29,7 @@ Q   := $(if $(V),,@)
 say  = $(if $(V),,@printf '  %-5s %s\n' '$(1)' '$(2)')
 
 pkg = $(shell $(PKG_CONFIG) $(1) $(2) 2>/dev/null)
-CORE_LIBS = $(call pkg,--libs,zlib libzstd) -pthread
+CORE_LIBS = $(call pkg,--libs,zlib libzstd libnbd) -pthread
 # Asserts stay on, everywhere: a wrong assumption must stop before it writes.
 ALL_CFLAGS = -std=gnu11 -D_GNU_SOURCE -D_FILE_OFFSET_BITS=64 -fPIC -fvisibility=hidden \
              -Wall -Wextra -Wno-unused-parameter -Wno-missing-field-initializers \

@@ -4,7 +4,7 @@
 
 #include "log.h"
 
-static log_hook debug_hook;
+static log_hook debug_hook, notice_hook;
 
 void
 log_set_debug_hook (log_hook hook)
@@ -13,15 +13,38 @@ log_set_debug_hook (log_hook hook)
 }
 
 void
-log_debug (const char *fmt, ...)
+log_set_notice_hook (log_hook hook)
+{
+  notice_hook = hook;
+}
+
+static void
+say (log_hook hook, const char *fmt, va_list args)
 {
   char msg[1024];
+
+  if (!hook)
+    return;
+  vsnprintf (msg, sizeof msg, fmt, args);
+  hook (msg);
+}
+
+void
+log_debug (const char *fmt, ...)
+{
   va_list args;
 
-  if (!debug_hook)
-    return;
   va_start (args, fmt);
-  vsnprintf (msg, sizeof msg, fmt, args);
+  say (debug_hook, fmt, args);
   va_end (args);
-  debug_hook (msg);
+}
+
+void
+log_notice (const char *fmt, ...)
+{
+  va_list args;
+
+  va_start (args, fmt);
+  say (notice_hook, fmt, args);
+  va_end (args);
 }
