@@ -46,7 +46,7 @@ known_format (const struct layer *l, const char *path, const char *format, bool 
 /* The file behind l.  *path stays NULL if there is none, or none is wanted. */
 static int
 next_file (struct layer *l, bool top, const struct chain_options *opts, char **path, bool *raw,
-           struct err *err)
+           bool *from_image, struct err *err)
 {
   const struct check *c = layer_now (l);
   CLEANUP_FREE char *ext = layer_string_ext (l, EXT_BACKING_FORMAT);
@@ -55,9 +55,10 @@ next_file (struct layer *l, bool top, const struct chain_options *opts, char **p
   const char *format = ext ? ext : misspelt;
   int r;
 
+  *from_image = !(opts->backing.follow == FOLLOW_FILE && top);
   if (c->header.backing_off == 0 || opts->backing.follow == FOLLOW_NONE)
     return 0;
-  if (opts->backing.follow == FOLLOW_FILE && top) {
+  if (!*from_image) {
     *path = strdup (opts->backing.path);
     if (!*path)
       return err_set (err, ENOMEM, "out of memory");
@@ -81,6 +82,8 @@ same_file (const char *a, const char *b)
 {
   struct stat sa, sb;
 
+  if (nbd_is_uri (a) || nbd_is_uri (b))
+    return strcmp (a, b) == 0;  /* two URIs of one export: MAX_CHAIN ends that */
   return stat (a, &sa) == 0 && stat (b, &sb) == 0
          && (S_ISBLK (sa.st_mode) && S_ISBLK (sb.st_mode)
              ? sa.st_rdev == sb.st_rdev
@@ -127,7 +130,7 @@ heal_layer (struct layer *l, const struct chain_options *opts, struct err *err)
 
 static int
 open_next (struct layer *top, struct layer_vec *layers, const char *path, bool raw,
-           const struct chain_options *opts, struct err *err)
+           bool from_image, const struct chain_options *opts, struct err *err)
 {
   struct layer l;
   int r = check_loop (top, layers, path, err);
@@ -136,7 +139,7 @@ open_next (struct layer *top, struct layer_vec *layers, const char *path, bool r
     return r;
   if (layer_vec_reserve (layers, 1) < 0)
     return err_set (err, ENOMEM, "out of memory");
-  r = layer_open (&l, path, opts->force_share, err);
+  r = layer_open (&l, path, from_image, &opts->source, err);
   if (r < 0)
     err_prefix (err, "the backing file of %s cannot be opened (backing=none does without it, "
                 "backing=FILE names another)",
@@ -187,12 +190,12 @@ chain_open (struct layer *top, const struct chain_options *opts,
   *backing = NULL;
   while (r == 0 && !last->raw) {
     CLEANUP_FREE char *path = NULL;
-    bool raw = false;
+    bool raw = false, from_image;
 
-    r = next_file (last, last == top, opts, &path, &raw, err);
+    r = next_file (last, last == top, opts, &path, &raw, &from_image, err);
     if (r < 0 || !path)
       break;
-    r = open_next (top, layers, path, raw, opts, err);
+    r = open_next (top, layers, path, raw, from_image, opts, err);
     if (r == 0)
       last = &layers->ptr[layers->len - 1];
   }
@@ -218,9 +221,10 @@ chain_data_file (struct layer *l, bool top, const struct chain_options *opts,
 {
   CLEANUP_FREE char *name = layer_string_ext (l, EXT_DATA_FILE);
   CLEANUP_FREE char *path = NULL;
+  bool from_image = !(opts->data_file.follow == FOLLOW_FILE && top);
   int r = 0;
 
-  if (opts->data_file.follow == FOLLOW_FILE && top) {
+  if (!from_image) {
     path = strdup (opts->data_file.path);
     if (!path)
       r = err_set (err, ENOMEM, "out of memory");
@@ -235,7 +239,7 @@ chain_data_file (struct layer *l, bool top, const struct chain_options *opts,
   else
     r = layer_resolve (l, name, &path, err);
   if (r == 0)
-    r = layer_open (data, path, opts->force_share, err);
+    r = layer_open (data, path, from_image, &opts->source, err);
   if (r < 0)
     return r;
   data->raw = true;

@@ -19,7 +19,7 @@ enum follow {
 
 struct follow_policy {
   enum follow follow;
-  const char *path;             /* FOLLOW_FILE */
+  const char *path;             /* FOLLOW_FILE; or the URI of an NBD export */
   const char *format;           /* "raw" or "qcow2" for path; NULL = as the image says */
 };
 
@@ -27,7 +27,7 @@ struct chain_options {
   struct follow_policy backing;
   struct follow_policy data_file;       /* FOLLOW_NAMES: for every layer; FILE: for the top */
   enum repair_level repair;
-  bool force_share;
+  struct source_options source;
   bool lost_error;              /* what a layer has lost fails with EIO */
   struct progress *progress;
 };

@@ -2,23 +2,27 @@
  * alone, so that every start looks there.
  *
  *   regular file   IMAGE.qcow2repair-journal, beside it
+ *   NBD export     in the state folder, under a name made from the URI
  *   block device   in the state folder ($XDG_STATE_HOME, else ~/.local/state, else
  *                  /var/lib), qcow2repair/NAME.qcow2repair-journal
  *
  * NAME is the device's first name under /dev/disk/by-id, which outlives a
  * restart of the machine, or else the kernel's.  LIMIT: without a name under by-id
  * (loop devices), a device that bears another name after a restart is not
- * recognised; nor is any by a user whose state folder is another.  overlay=FILE then
- * names the journal.
+ * recognised; nor is any by a user whose state folder is another, nor an export by another URI
+ * (the sockets of `nbdkit -U -' have another name each time).  overlay=FILE then names the journal.
  */
+#include <ctype.h>
 #include <dirent.h>
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <zlib.h>
 
 #include "base/cleanup.h"
+#include "dev/nbd.h"
 #include "inplace-path.h"
 #include "inplace.h"
 
@@ -72,8 +76,43 @@ state_folder (char **ret, struct err *err)
   return r < 0 ? out_of_memory (err) : 0;
 }
 
-int
-inplace_default_path (const char *image, char **ret, struct err *err)
+/* The readable part of a URI, and a checksum of all of it. */
+static char *
+name_of_uri (const char *uri)
+{
+  char readable[100];
+  size_t n = 0;
+  char *name;
+
+  for (const char *p = uri; *p && n < sizeof readable - 1; ++p) {
+    bool plain = isalnum ((unsigned char) *p) || *p == '.' || *p == '_';
+
+    if (plain || (n > 0 && readable[n - 1] != '-'))
+      readable[n++] = plain ? *p : '-';
+  }
+  readable[n] = '\0';
+  if (asprintf (&name, "%s-%08lx", readable, crc32 (0, (const void *) uri, strlen (uri))) < 0)
+    return NULL;
+  return name;
+}
+
+static int
+path_of_export (const char *uri, char **ret, struct err *err)
+{
+  CLEANUP_FREE char *name = name_of_uri (uri), *folder = NULL;
+  int r = name ? state_folder (&folder, err) : out_of_memory (err);
+
+  if (r < 0)
+    return r;
+  if (asprintf (ret, "%s/%s%s", folder, name, INPLACE_SUFFIX) < 0) {
+    *ret = NULL;
+    return out_of_memory (err);
+  }
+  return 0;
+}
+
+static int
+path_of_file (const char *image, char **ret, struct err *err)
 {
   CLEANUP_FREE char *real = realpath (image, NULL), *name = NULL, *folder = NULL;
   struct stat st;
@@ -98,6 +137,14 @@ inplace_default_path (const char *image, char **ret, struct err *err)
     return out_of_memory (err);
   }
   return 0;
+}
+
+int
+inplace_default_path (const char *image, char **ret, struct err *err)
+{
+  if (nbd_is_uri (image))
+    return path_of_export (image, ret, err);
+  return path_of_file (image, ret, err);
 }
 
 int

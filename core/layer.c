@@ -16,19 +16,38 @@
 #include "heal/overlay.h"
 #include "layer.h"
 
-int
-layer_open (struct layer *l, const char *path, bool force_share, struct err *err)
+static int
+open_source (const char *path, bool from_image, const struct source_options *opts,
+             struct bdev **ret, struct err *err)
 {
+  struct nbd_options nbd = { .timeout = opts->timeout, .reconnect = opts->reconnect,
+                             .local_files = !from_image };
+
+  if (nbd_is_uri (path))
+    return nbd_open (path, &nbd, ret, err);
+  return file_open (path, opts->force_share ? FILE_NO_LOCK : 0, ret, err);
+}
+
+int
+layer_open (struct layer *l, const char *path, bool from_image,
+            const struct source_options *opts, struct err *err)
+{
+  struct bdev *d = NULL;
   int r;
 
   memset (l, 0, sizeof *l);
   l->path = strdup (path);
   if (!l->path)
     return err_set (err, ENOMEM, "out of memory");
-  r = file_open (path, force_share ? FILE_NO_LOCK : 0, &l->source, err);
+  r = open_source (path, from_image, opts, &d, err);
   if (r == 0)
-    l->healed = bdev_ref (l->source);
-  return r;
+    r = watch_new (d, d->far, &l->watch, err);
+  bdev_unref (d);
+  if (r < 0)
+    return r;
+  l->source = bdev_ref (l->watch);
+  l->healed = bdev_ref (l->source);
+  return 0;
 }
 
 void
@@ -37,6 +56,7 @@ layer_reset (struct layer *l)
   bdev_unref (l->healed);
   bdev_unref (l->overlay);
   bdev_unref (l->source);
+  bdev_unref (l->watch);
   check_free (l->before);
   check_free (l->after);
   lost_reset (&l->lost);
@@ -54,18 +74,46 @@ layer_check_options (const struct layer *l, struct progress *progress)
   };
 }
 
+/* Reads of the source that failed since it was out of reach. */
+static uint64_t
+nr_unreachable (struct layer *l)
+{
+  struct watch_notes notes;
+
+  if (!l->watch || watch_notes (l->watch, &notes, NULL) < 0)
+    return 0;
+  vec_reset (&notes.ranges);
+  return notes.unreachable;
+}
+
+/* What was found while the source was out of reach says nothing about it. */
+static int
+refuse_if_lost (struct layer *l, uint64_t before, const char *doing, struct err *err)
+{
+  if (nr_unreachable (l) == before)
+    return 0;
+  err_clear (err);
+  return err_set (err, ENOTCONN, "%s: the server could not be reached any more while the image was "
+                  "being %s.  Nothing was concluded from that; start again once it is there",
+                  l->path, doing);
+}
+
 int
 layer_check (struct layer *l, bool deep, struct progress *progress, struct err *err)
 {
   struct check_options copts = layer_check_options (l, progress);
+  uint64_t unreachable = nr_unreachable (l);
   int r;
 
   copts.deep = deep;
   r = check_run (l->healed, &copts, &l->before, err);
-
   if (r < 0)
     err_prefix (err, "%s", l->path);
-  return r;
+  if (refuse_if_lost (l, unreachable, "checked", err) == 0)
+    return r;
+  check_free (l->before);
+  l->before = NULL;
+  return -ENOTCONN;
 }
 
 /* --- overlays */
@@ -160,11 +208,12 @@ layer_heal (struct layer *l, enum repair_level level, struct progress *progress,
             struct err *err)
 {
   struct check_options copts = layer_check_options (l, progress);
+  uint64_t unreachable = nr_unreachable (l);
   int r = heal_and_check (l, level, &copts, err);
 
   if (r < 0)
     err_prefix (err, "%s: healing failed", l->path);
-  return r;
+  return refuse_if_lost (l, unreachable, "healed", err) < 0 ? -ENOTCONN : r;
 }
 
 /* --- names in the header */
@@ -202,13 +251,17 @@ layer_resolve (const struct layer *l, const char *name, char **path, struct err 
 
   if (strncmp (name, "file:", 5) == 0)
     name += 5;
-  else if (has_protocol (name))
-    return err_set (err, ENOTSUP, "%s names \"%s\", which is no plain file; this version opens "
-                    "files only", l->path, name);
-  if (name[0] == '/') {
+  else if (has_protocol (name) && !nbd_is_uri (name))
+    return err_set (err, ENOTSUP, "%s names \"%s\", which is neither a plain file nor the URI of an "
+                    "NBD export; this version opens only those", l->path, name);
+  if (name[0] == '/' || nbd_is_uri (name)) {
     *path = strdup (name);
     return *path ? 0 : err_set (err, ENOMEM, "out of memory");
   }
+  if (nbd_is_uri (l->path))
+    return err_set (err, ENOTSUP, "%s names \"%s\", as seen from the folder that it lies in, but an "
+                    "NBD export lies in none.  Name the file, or the URI that leads to it", l->path,
+                    name);
   real = realpath (l->path, NULL);
   slash = real ? strrchr (real, '/') : NULL;
   if (!slash || asprintf (path, "%.*s/%s", (int) (slash - real), real, name) < 0)

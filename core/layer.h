@@ -8,14 +8,23 @@
 #define QR_LAYER_H
 
 #include "check/check.h"
+#include "dev/nbd.h"
+#include "dev/watch.h"
 #include "heal/heal.h"
 #include "heal/lost.h"
 
+/* How the sources are opened that an image consists of. */
+struct source_options {
+  bool force_share;             /* files are not locked */
+  unsigned timeout, reconnect;  /* seconds, of far ones: see dev/nbd.h */
+};
+
 struct layer {
-  char *path;                   /* as opened */
+  char *path;                   /* as opened; or the URI of an NBD export */
   bool raw;                     /* the file is the disk, nothing to check */
   bool keep_orphans;            /* repaired in place: what may be lost data is not freed */
-  struct bdev *source;          /* the file, opened read-only and locked */
+  struct bdev *source;          /* the file, opened read-only and locked; or the export */
+  struct bdev *watch;           /* under source: knows what could not be read (dev/watch.h) */
   struct bdev *healed;          /* its bytes as an overlay changes them, or source again */
   bool journal;                 /* the overlay is a journal that only we make (overlay.h: direct) */
   struct bdev *overlay;         /* the overlay's own file; NULL: none, or in memory */
@@ -26,11 +35,16 @@ struct layer {
   struct lost lost;             /* guest ranges that nothing can bring back */
 };
 
-/* Open path (read-only, locked; force_share: not locked). */
-int layer_open (struct layer *l, const char *path, bool force_share, struct err *err);
+/* Open path, a file or the URI of an NBD export, read-only.  from_image: an image named it, not
+ * the operator, so that it may not make us read other files (keys, say).
+ */
+int layer_open (struct layer *l, const char *path, bool from_image,
+                const struct source_options *opts, struct err *err);
 void layer_reset (struct layer *l);
 
-/* Check l->healed into l->before. */
+/* Check l->healed into l->before.  -ENOTCONN if the source could not be reached meanwhile: what
+ * was found then is not believed, here and in layer_heal.
+ */
 int layer_check (struct layer *l, bool deep, struct progress *progress, struct err *err);
 
 /* The options that every check of l's bytes is made with. */
@@ -71,8 +85,8 @@ int layer_heal (struct layer *l, enum repair_level level, struct progress *progr
  */
 char *layer_string_ext (struct layer *l, uint32_t type);
 
-/* The file that a name in l's header means: relative ones from l's folder on.
- * -ENOTSUP if the name is no plain file's ("nbd://...", "json:...").
+/* The file, or the URI of the NBD export, that a name in l's header means: relative ones from l's
+ * folder on.  -ENOTSUP if it is another kind of name ("json:..."), or relative to an export.
  */
 int layer_resolve (const struct layer *l, const char *name, char **path, struct err *err);
 

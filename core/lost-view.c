@@ -124,7 +124,8 @@ keep_losses (struct layer *l, const struct lost *then, struct err *err)
 int
 lost_view_recall (struct layer *l, struct progress *progress, struct err *err)
 {
-  struct layer again = { .source = bdev_ref (l->source), .healed = bdev_ref (l->source) };
+  struct layer again = { .source = bdev_ref (l->source), .watch = bdev_ref (l->watch),
+                         .healed = bdev_ref (l->source) };
   int r = 0;
 
   again.path = strdup (l->path);

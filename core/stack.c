@@ -27,6 +27,7 @@
 
 #include "base/log.h"
 #include "dev/file.h"
+#include "dev/readahead.h"
 #include "img/image.h"
 #include "lost-found.h"
 #include "lost-view.h"
@@ -75,7 +76,7 @@ open_behind (struct stack *s, const struct stack_options *opts, struct err *err)
 {
   struct chain_options copts = {
     .backing = opts->backing, .data_file = opts->data_file, .repair = s->repair,
-    .force_share = opts->force_share, .lost_error = opts->lost_error,
+    .source = opts->source, .lost_error = opts->lost_error,
     .progress = opts->progress,
   };
   int r = chain_open (&s->top, &copts, &s->chain, &s->backing, err);
@@ -251,6 +252,32 @@ raise_to_writer (struct stack *s, struct layer *l)
     read_only_because (s, "%s cannot be opened for writing: %s", l->path, why.msg);
 }
 
+/* Put a watch on the active disk, below what is lost already. */
+static int
+watch_guest (struct stack *s, struct bdev **view, struct err *err)
+{
+  struct bdev *image = *view;
+  int r = watch_new (image, image->far, view, err);
+
+  if (r < 0)
+    return r;
+  bdev_unref (image);
+  bdev_unref (s->guest_watch);
+  s->guest_watch = bdev_ref (*view);
+  return 0;
+}
+
+static int
+read_ahead (struct bdev **view, struct err *err)
+{
+  struct bdev *under = *view;
+  int r = readahead_new (under, view, err);
+
+  if (r == 0)
+    bdev_unref (under);
+  return r;
+}
+
 static int
 open_view (struct stack *s, const struct snapshot *snapshot, bool read_only,
            struct bdev **ret, struct err *err)
@@ -262,12 +289,15 @@ open_view (struct stack *s, const struct snapshot *snapshot, bool read_only,
 
   int r = image_open (s->top.healed, &iopts, ret, err);
 
-  if (r == 0 && s->lost_error) {
+  if (r == 0 && !snapshot)
+    r = watch_guest (s, ret, err);
+  if (r == 0 && (*ret)->far)
+    r = read_ahead (ret, err);
+  if (r == 0 && s->lost_error)
     r = lost_view_guard (ret, &s->top.lost, snapshot, err);
-    if (r < 0) {
-      bdev_unref (*ret);
-      *ret = NULL;
-    }
+  if (r < 0) {
+    bdev_unref (*ret);
+    *ret = NULL;
   }
   return r;
 }
@@ -277,7 +307,7 @@ open_guest (struct stack *s, const struct stack_options *opts, struct err *err)
 {
   int r;
 
-  if (opts->force_share)
+  if (opts->source.force_share)
     read_only_because (s, "force-share=true: another program may be writing to it");
   if (opts->snapshot)
     read_only_because (s, "a snapshot is never written to");
@@ -304,10 +334,18 @@ open_guest (struct stack *s, const struct stack_options *opts, struct err *err)
 static int
 open_unchecked (struct stack *s, const struct stack_options *opts, struct err *err)
 {
-  int r = open_view (s, NULL, true, &s->guest, err);
+  struct image_options iopts = { .cache_size = s->cache_size, .read_only = true };
+  struct bdev *view = NULL;
+  bool backed = false;
+  int r = image_open (s->top.healed, &iopts, &view, err);
 
   read_only_because (s, "check=false: an image that was not checked is not written to");
-  if (r == 0 && image_header (s->guest)->backing_off && opts->backing.follow != FOLLOW_NONE)
+  if (r == 0) {
+    backed = image_header (view)->backing_off;
+    r = watch_guest (s, &view, err);
+  }
+  s->guest = view;
+  if (r == 0 && backed && opts->backing.follow != FOLLOW_NONE)
     r = err_set (err, ENOTSUP, "%s has a backing file, which check=false does not look for; leave "
                  "out check=false, or add backing=none to read zeros in its place", s->top.path);
   return r;
@@ -317,7 +355,7 @@ static int
 build (struct stack *s, const struct stack_options *opts, struct err *err)
 {
   bool created;
-  int r = layer_open (&s->top, opts->file, opts->force_share, err);
+  int r = layer_open (&s->top, opts->file, false, &opts->source, err);
 
   s->top.keep_orphans = opts->inplace && !opts->discard_orphans;
   if (r == 0)
@@ -389,7 +427,7 @@ stack_new (const struct stack_options *opts, struct stack **ret, struct err *err
     s->overlay = opts->overlay ? strdup (opts->overlay) : NULL;
     s->repair = opts->repair;
     s->cache_size = opts->cache_size;
-    s->live = opts->force_share;
+    s->live = opts->source.force_share;
     s->lost_error = opts->lost_error;
     s->inplace.wanted = opts->inplace;
   }
@@ -407,7 +445,8 @@ static void
 undo (struct stack *s)
 {
   bdev_unref (s->guest);
-  s->guest = NULL;
+  bdev_unref (s->guest_watch);
+  s->guest = s->guest_watch = NULL;
   s->writable = false;
   if (s->inplace.wanted)
     inplace_undo (s);
@@ -448,6 +487,7 @@ stack_close (struct stack *s, struct err *err)
   if (s->guest && s->writable)
     r = bdev_flush (s->guest, err);
   bdev_unref (s->guest);
+  bdev_unref (s->guest_watch);
   bdev_unref (s->backing);
   for (size_t i = 0; i < s->chain.len; ++i)
     layer_reset (&s->chain.ptr[i]);

@@ -17,7 +17,7 @@ enum stack_check {
 };
 
 struct stack_options {
-  const char *file;             /* path of the image */
+  const char *file;             /* path of the image, or the URI of an NBD export */
   const char *overlay;          /* path, or NULL */
   bool inplace;                 /* write repairs, and the overlay, into the image */
   bool discard_orphans;         /* in place: free also what may be lost data */
@@ -27,7 +27,7 @@ struct stack_options {
   struct follow_policy data_file;
   const char *snapshot;         /* serve this one (ID or name) as the guest disk; or NULL */
   size_t cache_size;            /* bytes for cached metadata; 0 = default */
-  bool force_share;             /* do not lock; serves read-only */
+  struct source_options source; /* force_share: serves read-only */
   bool lost_error;              /* lost ranges fail with EIO, instead of reading as zeros */
   struct progress *progress;    /* or NULL */
 };
@@ -52,6 +52,7 @@ struct stack {
   char *why_no_guest;           /* likewise, if the guest disk cannot be read (encrypted) */
   struct bdev *backing;         /* what unallocated clusters read from, or NULL */
   struct bdev *guest;           /* the guest disk; NULL if it can't be served */
+  struct bdev *guest_watch;     /* knows what of it could not be read (dev/watch.h); or NULL */
   pthread_mutex_t orphans_lock;
   struct orphans *orphans;      /* protected by orphans_lock until made: see lost-found.h */
 };

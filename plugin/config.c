@@ -30,12 +30,14 @@
 #include "plugin/names.h"
 
 struct config config = {
-  .stack = { .repair = REPAIR_REFCOUNTS, .check = STACK_CHECK_YES },
+  .stack = { .repair = REPAIR_REFCOUNTS, .check = STACK_CHECK_YES,
+             .source = { .timeout = NBD_DEFAULT_TIMEOUT, .reconnect = NBD_DEFAULT_RECONNECT } },
 };
 
 enum {
   P_FILE, P_REPAIR, P_OVERLAY, P_INPLACE, P_DISCARD_ORPHANS, P_SNAPSHOT, P_BACKING, P_DATA_FILE,
-  P_REPORT, P_CHECK, P_CACHE_SIZE, P_FORCE_SHARE, P_LOST, NR_PARAMS
+  P_REPORT, P_CHECK, P_CACHE_SIZE, P_FORCE_SHARE, P_LOST, P_URI, P_TIMEOUT, P_RECONNECT,
+  NR_PARAMS
 };
 
 static int parse_repair (const char *value);
@@ -48,6 +50,9 @@ static int parse_check (const char *value);
 static int parse_cache_size (const char *value);
 static int parse_force_share (const char *value);
 static int parse_lost (const char *value);
+static int parse_uri (const char *value);
+static int parse_timeout (const char *value);
+static int parse_reconnect (const char *value);
 
 static struct param {
   const char *key;
@@ -67,19 +72,22 @@ static struct param {
   [P_CACHE_SIZE]  = { "cache-size", parse_cache_size },
   [P_FORCE_SHARE] = { "force-share", parse_force_share },
   [P_LOST]        = { "lost", parse_lost },
+  [P_URI]         = { "uri", parse_uri },
+  [P_TIMEOUT]     = { "timeout", parse_timeout },
+  [P_RECONNECT]   = { "reconnect", parse_reconnect },
 };
 
 /* Known, but not in this version: key and what to do instead. */
 static const struct later {
   const char *key, *instead;
 } later[] = {
-  { "uri", "copy the image to a local file and name it with file=" },
   { "cluster-size", "images whose header is lost cannot be opened yet" },
   { "virtual-size", "images whose header is lost cannot be opened yet" },
 };
 
 const char config_help[] =
-  "[file=]IMAGE               (required) the qcow2 image, a file or block device\n"
+  "[file=]IMAGE               the qcow2 image, a file or block device; or:\n"
+  "uri=NBD-URI                the qcow2 image is what an NBD server exports\n"
   "overlay=FILE               write repairs and the guest's changes to FILE, never to\n"
   "                           IMAGE; made if missing, used again if there\n"
   "inplace=true|false         write repairs into IMAGE itself, by way of a journal, and an\n"
@@ -96,7 +104,9 @@ const char config_help[] =
   "report=FILE                write what was found and mended to FILE, as JSON\n"
   "cache-size=SIZE            memory for L2 tables and refcount blocks (default 16M)\n"
   "force-share=true|false     open IMAGE although another program uses it; read-only\n"
-  "lost=zero|error            how lost ranges of the guest disk read (default zero)";
+  "lost=zero|error            how lost ranges of the guest disk read (default zero)\n"
+  "timeout=SECONDS            a far server that is silent for so long is lost (default 30)\n"
+  "reconnect=SECONDS          how long a lost one is looked for before reads fail (default 60)";
 
 /* The one place where a parameter is refused.  Always -1. */
 static int __attribute__ ((format (printf, 1, 2)))
@@ -271,7 +281,7 @@ parse_cache_size (const char *value)
 static int
 parse_force_share (const char *value)
 {
-  return parse_bool (P_FORCE_SHARE, value, &config.stack.force_share);
+  return parse_bool (P_FORCE_SHARE, value, &config.stack.source.force_share);
 }
 
 static int
@@ -283,6 +293,42 @@ parse_lost (const char *value)
     return refuse_value (P_LOST, value, words, "zero, error");
   config.stack.lost_error = value[0] == 'e';
   return 0;
+}
+
+static int
+parse_uri (const char *value)
+{
+  if (nbd_is_uri (value))
+    return 0;
+  return refuse ("uri=%s is not the URI of an NBD export: those begin with nbd://, nbds://, nbd+unix:// or "
+                 "nbd+vsock://.  For other protocols let nbdkit fetch it: nbdkit -U - curl URL --run "
+                 "'nbdkit -f qcow2repair uri=\"$uri\"'", value);
+}
+
+static int
+parse_seconds (int param, const char *value, unsigned *ret)
+{
+  if (nbdkit_parse_unsigned (params[param].key, value, ret) == -1)
+    return -1;
+  if (*ret > 86400)
+    return refuse ("%s=%s is more than a day; give seconds", params[param].key, value);
+  return 0;
+}
+
+static int
+parse_timeout (const char *value)
+{
+  unsigned *timeout = &config.stack.source.timeout;
+
+  if (parse_seconds (P_TIMEOUT, value, timeout) == -1)
+    return -1;
+  return *timeout ? 0 : refuse ("timeout=0 would give the server no time at all to answer; give seconds");
+}
+
+static int
+parse_reconnect (const char *value)
+{
+  return parse_seconds (P_RECONNECT, value, &config.stack.source.reconnect);
 }
 
 int
@@ -305,7 +351,7 @@ config_set (const char *key, const char *value)
 }
 
 /* Do both names lead to one file, by whatever links?  For two names that do
- * not exist yet: in one directory under one name.
+ * not exist yet: in one directory under one name.  Of URIs only what they look like is known.
  */
 static bool
 same_file (const char *a, const char *b)
@@ -339,11 +385,30 @@ resolve_existing (int param, const char **ret)
   return resolve_path (param, params[param].value, ret);
 }
 
+/* The image: a file or an export. */
+static int
+resolve_image (void)
+{
+  const char *file = params[P_FILE].value, *uri = params[P_URI].value;
+
+  if (file && uri)
+    return refuse ("file=%s and uri=%s exclude each other: one image is served; leave out one of them",
+                   file, uri);
+  if (file && nbd_is_uri (file))
+    return refuse ("file=%s is the URI of an NBD export; say uri=%s", file, file);
+  if (!file && !uri)
+    return refuse ("which image?  Name it: nbdkit qcow2repair file=IMAGE, or uri=NBD-URI");
+  if (file)
+    return resolve_existing (P_FILE, &config.stack.file);
+  config.stack.file = strdup (uri);
+  return config.stack.file ? 0 : refuse ("uri=%s: %s", uri, strerror (ENOMEM));
+}
+
 /* owned keeps the string for config_reset. */
 static int
 resolve_follow (int param, struct follow_policy *policy, const char **owned)
 {
-  if (policy->follow != FOLLOW_FILE)
+  if (policy->follow != FOLLOW_FILE || nbd_is_uri (policy->path))
     return 0;
   if (resolve_path (param, policy->path, owned) == -1)
     return -1;
@@ -422,7 +487,7 @@ refuse_contradictions (void)
   bool wants_overlay = params[P_OVERLAY].value;
   bool wants_repair = params[P_REPAIR].value && o->repair != REPAIR_OFF;
 
-  if (o->force_share && wants_overlay)
+  if (o->source.force_share && wants_overlay)
     return refuse ("force-share=true and overlay= exclude each other: an image that another program "
                    "may be changing cannot be repaired; stop that program and leave out force-share, "
                    "or leave out overlay to read the image as it is");
@@ -432,10 +497,10 @@ refuse_contradictions (void)
   if (o->check == STACK_CHECK_NO && o->snapshot)
     return refuse ("check=false and snapshot= exclude each other: the check is what reads the "
                    "snapshot table; leave out one of them");
-  if (o->inplace && (o->force_share || o->check == STACK_CHECK_NO || o->snapshot))
+  if (o->inplace && (o->source.force_share || o->check == STACK_CHECK_NO || o->snapshot))
     return refuse ("inplace=true and %s exclude each other: an image is written to only if nobody "
                    "else may be writing, it was checked, and its active disk is what is served; "
-                   "leave out one of them", o->force_share ? "force-share=true"
+                   "leave out one of them", o->source.force_share ? "force-share=true"
                    : o->check == STACK_CHECK_NO ? "check=false" : "snapshot=");
   if (o->discard_orphans && !o->inplace)
     return refuse ("discard-orphans=true is about the image itself, which only inplace=true writes to; "
@@ -457,10 +522,7 @@ config_complete (void)
 {
   struct stack_options *o = &config.stack;
 
-  if (params[P_FILE].value == NULL)
-    return refuse ("which image?  Name it: nbdkit qcow2repair file=IMAGE");
-  if (refuse_contradictions () == -1 ||
-      resolve_existing (P_FILE, &o->file) == -1)
+  if (refuse_contradictions () == -1 || resolve_image () == -1)
     return -1;
   if (resolve_follow (P_BACKING, &o->backing, &config.backing) == -1 ||
       resolve_follow (P_DATA_FILE, &o->data_file, &config.data_file) == -1)

@@ -25,10 +25,18 @@ debug_hook (const char *msg)
   nbdkit_debug ("%s", msg);
 }
 
+/* nbdkit has one way to tell the operator something, wherever stderr leads by then. */
+static void
+notice_hook (const char *msg)
+{
+  nbdkit_error ("%s", msg);
+}
+
 static void
 plugin_load (void)
 {
   log_set_debug_hook (debug_hook);
+  log_set_notice_hook (notice_hook);
 }
 
 static void
@@ -37,6 +45,7 @@ plugin_unload (void)
   stop ();
   config_reset ();
   log_set_debug_hook (NULL);
+  log_set_notice_hook (NULL);
 }
 
 /* For scripts that must know what this build can do. */
@@ -50,7 +59,7 @@ plugin_dump (void)
   printf ("qcow2repair_parameters=%s\n", keys);
   printf ("qcow2repair_repair=off,refcounts,all\n");
   printf ("qcow2repair_check=true,false,deep\n");
-  printf ("qcow2repair_sources=file,block-device\n");
+  printf ("qcow2repair_sources=file,block-device,nbd\n");
   printf ("qcow2repair_exports=disk,snapshot/*,healed.qcow2,report.json,lost+found,lost+found.json\n");
 }
 

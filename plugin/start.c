@@ -13,6 +13,7 @@
 
 #include "plugin/config.h"
 #include "plugin/plugin.h"
+#include "dev/nbd.h"
 #include "report.h"
 
 struct stack *served;
@@ -106,6 +107,7 @@ start (void)
     stack_close (s, &err);
     return -1;
   }
+  nbd_rest ();                  /* nbdkit is about to fork */
   served = s;
   return 0;
 }

@@ -542,6 +542,9 @@ file_copy_mode (struct bdev *d, const char *path, struct err *err)
   struct stat like, st;
   mode_t mode;
 
+  if (path == NULL)
+    return fchmod (f->fd, S_IRUSR | S_IWUSR) == 0 ? 0
+           : err_set (err, errno, "%s: cannot set the permissions: %s", d->name, strerror (errno));
   if (stat (path, &like) < 0 || fstat (f->fd, &st) < 0)
     return err_set (err, errno, "%s: cannot stat: %s", path, strerror (errno));
   mode = st.st_mode & (like.st_mode | S_IRUSR | S_IWUSR) & 0777;

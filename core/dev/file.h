@@ -36,7 +36,7 @@ int file_create (const char *path, struct bdev **ret, struct err *err);
 int file_create_unnamed (const char *path, struct bdev **ret, struct err *err);
 int file_publish (struct bdev *d, const char *path, struct err *err);
 
-/* Take from d all permissions of others that the file at path does not give them. */
+/* Take from d all permissions of others that the file at path does not give them; path NULL: all. */
 int file_copy_mode (struct bdev *d, const char *path, struct err *err);
 
 /* Make durable that path exists, or that it does not any more.  0 also on file

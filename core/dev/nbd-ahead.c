@@ -16,10 +16,11 @@
 #include "base/num.h"
 #include "dev/nbd-int.h"
 
-#define MAX_BYTES   (UINT64_C (64) << 20)       /* of all pieces */
-#define MAX_LOADING (UINT64_C (32) << 20)       /* of those on their way */
+#define MAX_BYTES   (UINT64_C (96) << 20)       /* of all pieces */
+#define MAX_LOADING (UINT64_C (64) << 20)       /* of those on their way */
 #define MAX_PIECES  1024
-#define PIECE       (UINT64_C (256) << 10)      /* bytes of one, at most */
+#define PIECE       (UINT64_C (512) << 10)      /* bytes of one, at most */
+#define MAX_SPARE   32          /* buffers kept, so that the kernel need not clear new memory */
 
 enum state { LOADING, READY, FAILED };
 
@@ -41,6 +42,8 @@ struct nbd_ahead {
   struct piece *first, *last;   /* used latest, used longest ago */
   unsigned nr;
   uint64_t bytes, loading;
+  uint8_t *spare[MAX_SPARE];    /* of PIECE bytes */
+  unsigned nr_spare;
 };
 
 int
@@ -68,6 +71,18 @@ unlink_locked (struct nbd_ahead *a, struct piece *p)
   a->nr--;
 }
 
+/* What has been read to its end is least likely to be needed again. */
+static void
+link_last_locked (struct nbd_ahead *a, struct piece *p)
+{
+  p->next = NULL;
+  p->prev = a->last;
+  *(a->last ? &a->last->next : &a->first) = p;
+  a->last = p;
+  p->listed = true;
+  a->nr++;
+}
+
 static void
 link_locked (struct nbd_ahead *a, struct piece *p)
 {
@@ -89,7 +104,10 @@ drop_locked (struct piece *p)
   if (p->users > 0)
     return;
   a->bytes -= p->len;
-  free (p->buf);
+  if (p->len == PIECE && a->nr_spare < MAX_SPARE)
+    a->spare[a->nr_spare++] = p->buf;
+  else
+    free (p->buf);
   free (p);
 }
 
@@ -128,6 +146,8 @@ nbd_ahead_free (struct nbd_ahead *a)
     return;
   while (a->first)
     drop_locked (a->first);
+  while (a->nr_spare)
+    free (a->spare[--a->nr_spare]);
   pthread_mutex_destroy (&a->lock);
   pthread_cond_destroy (&a->cond);
   free (a);
@@ -176,7 +196,7 @@ new_piece_locked (struct nbd *n, uint64_t off, uint64_t len)
     return NULL;
   p = calloc (1, sizeof *p);
   if (p)
-    p->buf = malloc (len);
+    p->buf = len == PIECE && a->nr_spare ? a->spare[--a->nr_spare] : malloc (len);
   if (!p || !p->buf) {
     free (p);
     return NULL;
@@ -257,12 +277,12 @@ nbd_ahead_take (struct nbd *n, void *buf, size_t len, uint64_t off, size_t *gap)
     while (p->state == LOADING)
       pthread_cond_wait (&a->cond, &a->lock);
     good = p->state == READY && p->listed;
-    if (good) {                 /* most recently used */
+    got = MIN (len, p->off + p->len - off);
+    if (good) {
       unlink_locked (a, p);
-      link_locked (a, p);
+      (off + got == p->off + p->len ? link_last_locked : link_locked) (a, p);
     }
   }
-  got = MIN (len, p->off + p->len - off);
   if (good)
     memcpy (buf, p->buf + (off - p->off), got);
   LOCK_SCOPE (&a->lock);

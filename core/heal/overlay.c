@@ -25,6 +25,7 @@
 #include "check/check.h"
 #include "dev/file.h"
 #include "dev/mem.h"
+#include "dev/nbd.h"
 #include "heal/fingerprint.h"
 #include "heal/overlay.h"
 #include "img/image.h"
@@ -34,16 +35,19 @@
 /* --- making one */
 
 /* A header name that QEMU takes for a plain file, from wherever it is started:
- * relative if both lie in one directory (they can then be moved together).
+ * relative if both lie in one directory (they can then be moved together).  The URI of an NBD
+ * export is one that QEMU understands as it is.
  */
 static char *
 backing_name (const char *overlay_path, const char *source_path)
 {
-  CLEANUP_FREE char *source = realpath (source_path, NULL);
+  CLEANUP_FREE char *source = nbd_is_uri (source_path) ? NULL : realpath (source_path, NULL);
   CLEANUP_FREE char *overlay = strdup (overlay_path);
   CLEANUP_FREE char *dir = overlay ? realpath (dirname (overlay), NULL) : NULL;
   char *slash, *name = NULL;
 
+  if (nbd_is_uri (source_path))
+    return strdup (source_path);
   if (!source || !dir)
     return NULL;
   slash = strrchr (source, '/');
@@ -127,7 +131,7 @@ create_file (const char *path, struct bdev *source, const struct overlay_options
   if (r < 0)
     return r;
   /* It is to hold the guest's data: who may not read the image may not read that either. */
-  r = file_copy_mode (file, opts->source_path, err);
+  r = file_copy_mode (file, nbd_is_uri (opts->source_path) ? NULL : opts->source_path, err);
   if (r == 0)
     r = create_on (file, source, opts, name, err);
   if (r == 0 && !opts->direct)

@@ -8,7 +8,7 @@
 #include "dev/bdev.h"
 
 struct overlay_options {
-  const char *source_path;      /* recorded as the backing file name */
+  const char *source_path;      /* recorded as the backing file name; may be the URI of an export */
   uint64_t max_size;            /* bytes the healed file may ever need */
   size_t cache_size;
   bool direct;                  /* make it under its own name at once: nobody else can be making
