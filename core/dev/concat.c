@@ -186,6 +186,7 @@ concat_new (const char *name, struct bdev *under, struct slice_of_vec *slices,
     concat_close (&c->d);
     return r;
   }
+  c->d.far = under->far;
   *ret = &c->d;
   return 0;
 }

@@ -348,6 +348,7 @@ lossy_new (struct bdev *d, const struct lossy_range *ranges, size_t nr, struct b
   }
   pthread_rwlock_init (&l->lock, NULL);
   l->under = bdev_ref (d);
+  l->d.far = d->far;
   *ret = &l->d;
   return 0;
 }

@@ -325,6 +325,7 @@ image_open (struct bdev *file, const struct image_options *opts,
   if (r == 0)
     r = bdev_init (&img->view, &image_ops, file->name, size, writable, false, &why);
   if (r == 0) {
+    img->view.far = file->far || img->data->far || (img->backing && img->backing->far);
     img->lazy = writable && (img->header.compatible & COMPAT_LAZY_REFCOUNTS);
     img->backed = img->backing || img->header.backing_off != 0;
     atomic_init (&img->durable_size, size);
