@@ -67,7 +67,9 @@ announce (struct ahead *a)
 void
 ahead_at (struct ahead *a, uint64_t i)
 {
-  if (!a->d->far || i < a->trigger || a->announced >= a->nr)
+  struct bdev_range range;
+
+  if (!a->d->far || i < a->trigger || a->trigger >= a->nr)
     return;
   if (a->announced <= i) {
     a->announced = i;           /* what was passed over is not read any more */
@@ -75,4 +77,7 @@ ahead_at (struct ahead *a, uint64_t i)
   }
   a->trigger = a->announced;
   announce (a);
+  for (uint64_t k = i; a->scout && k < a->trigger; ++k)
+    if (range_of (a, k, &range))
+      a->scout (a->opaque, k);
 }

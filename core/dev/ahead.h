@@ -11,6 +11,11 @@
  *     ahead_at (&a, i);
  *     ... read table i ...
  *
+ * A write to an overlay copies what lies around it from the far device, which is a journey
+ * for each write.  Only who has read a table knows whether it is going to be written to.  For that
+ * there are scouts: they are called for the steps to come, when what these read has arrived,
+ * and announce (ahead_hint) what the loop will touch then.
+ *
  * On a device that is near all this does nothing.
  */
 #ifndef QR_DEV_AHEAD_H
@@ -23,12 +28,18 @@
  */
 typedef bool (*ahead_fn) (void *opaque, uint64_t i, struct bdev_range *range);
 
+/* What step i reads is there: read it too, and announce what the step needs beyond that.
+ * Called between two steps of the loop.
+ */
+typedef void (*ahead_scout_fn) (void *opaque, uint64_t i);
+
 struct ahead {
   /* constant */
   struct bdev *d;
   uint64_t nr;                  /* steps */
   ahead_fn fn;                  /* NULL: step i reads the next bytes of [off, end) */
   void *opaque;
+  ahead_scout_fn scout;         /* or NULL; set it after ahead_init */
   uint64_t off, end, step;      /* bytes */
   /* changed by ahead_at */
   uint64_t announced;           /* steps before it are announced */
