@@ -40,6 +40,12 @@ range_of (const struct ahead *a, uint64_t i, struct bdev_range *range)
   return true;
 }
 
+static bool
+contains (const struct bdev_range *a, const struct bdev_range *b)
+{
+  return b->off >= a->off && b->off - a->off < a->len && b->len <= a->len - (b->off - a->off);
+}
+
 /* Announce one portion.  Ranges that touch are one request. */
 static void
 announce (struct ahead *a)
@@ -51,8 +57,10 @@ announce (struct ahead *a)
        ++a->announced) {
     if (!range_of (a, a->announced, &range))
       continue;
-    ++n;
     range.len = MIN (range.len, PORTION_BYTES);         /* more is no matter of journeys */
+    if (contains (&joined, &range))
+      continue;
+    ++n;
     bytes += range.len;
     if (joined.len && joined.off + joined.len == range.off) {
       joined.len += range.len;

@@ -53,7 +53,9 @@ void ahead_init (struct ahead *a, struct bdev *d, uint64_t nr, ahead_fn fn, void
 void ahead_init_bytes (struct ahead *a, struct bdev *d, uint64_t off, uint64_t len,
                        uint64_t step);
 
-/* The loop has come to step i.  i never goes back.  Errors are left to show when it reads. */
+/* The loop has come to step i.  Errors are left to show when it reads.  Where i goes back,
+ * nothing is announced again.
+ */
 void ahead_at (struct ahead *a, uint64_t i);
 
 /* [off, off+len), as far as it lies inside the device, will be read soon. */
