@@ -126,9 +126,12 @@ static int
 journeys_cache (struct bdev *d, uint64_t off, uint64_t len, struct err *err)
 {
   struct journeys *j = journeys_of (d);
+  uint64_t then = 0;
   size_t gone = 0;
   LOCK_SCOPE (&j->lock);
 
+  if (find_locked (j, off, len, &then))
+    return 0;                   /* on its way already */
   if (announced_vec_push (&j->list, (struct announced) {
         off, off + len, j->now + 1 + j->sent++ / AT_ONCE }) < 0)
     return err_set (err, ENOMEM, "out of memory");
