@@ -92,13 +92,13 @@ $(PLUGIN): $(plugin_obj) $(call libs_for,stack) $(BUILD)/sources
 	$(Q)$(CC) $(ALL_CFLAGS) $(LDFLAGS) -shared -Wl,--as-needed -o $@ $(filter %.o %.a,$^) $(CORE_LIBS)
 
 # --- unit tests: tests/unit/<layer>/test-<what>.c
-fault_obj := $(BUILD)/tests/fault.o
+device_obj := $(BUILD)/tests/fault.o $(BUILD)/tests/journeys.o
 $(BUILD)/tests/%.o: EXTRA_CFLAGS = -Itests $(call pkg,--cflags,cmocka)
 $(BUILD)/tests/unit/%.o: | $(BUILD)/have-unit
 unit_tests :=
 define unit_rule
 unit_tests += $$(patsubst %.c,$(BUILD)/%,$$(wildcard tests/unit/$(1)/test-*.c))
-$(BUILD)/tests/unit/$(1)/test-%: $(BUILD)/tests/unit/$(1)/test-%.o $(fault_obj) $(call libs_for,$(1)) $(call libs_for,dev)
+$(BUILD)/tests/unit/$(1)/test-%: $(BUILD)/tests/unit/$(1)/test-%.o $(device_obj) $(call libs_for,$(1)) $(call libs_for,dev)
 	$$(call say,LINK,$$@)
 	$(Q)$$(CC) $$(ALL_CFLAGS) $$(LDFLAGS) -o $$@ $$^ $$(call pkg,--libs,cmocka) $$(CORE_LIBS)
 endef

@@ -12,6 +12,7 @@
 #include "base/cleanup.h"
 #include "base/num.h"
 #include "base/vec.h"
+#include "dev/ahead.h"
 #include "dev/lossy.h"
 #include "img/image.h"
 #include "lost-view.h"
@@ -208,20 +209,34 @@ list_missing (struct layer *l, struct bdev *missing, struct bdev *data,
   return r;
 }
 
+/* What opening snapshot i reads first. */
+static bool
+range_of_snapshot (void *opaque, uint64_t i, struct bdev_range *range)
+{
+  const struct snapshot *s = &((const struct snapshot_vec *) opaque)->ptr[i];
+
+  *range = (struct bdev_range) { s->l1_host_off, s->l1_entries * UINT64_C (8) };
+  return true;
+}
+
 int
 lost_view_backing (struct layer *l, struct bdev *data, struct err *err)
 {
   const struct snapshot_vec *v = &layer_now (l)->snapshots;
   struct bdev *missing;
+  struct ahead ahead;
   int r = missing_new (&missing, err);
 
   if (r < 0)
     return r;
   r = list_missing (l, missing, data, NULL, err);
   /* A snapshot that cannot be opened says so to whoever asks for it. */
-  for (size_t i = 0; r == 0 && i < v->len; ++i)
+  ahead_init (&ahead, l->healed, v->len, range_of_snapshot, (void *) v);
+  for (size_t i = 0; r == 0 && i < v->len; ++i) {
+    ahead_at (&ahead, i);
     if (list_missing (l, missing, data, &v->ptr[i], NULL) == -ENOMEM)
       r = err_set (err, ENOMEM, "out of memory");
+  }
   bdev_unref (missing);
   lost_finish (&l->lost);
   return r;

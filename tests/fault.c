@@ -72,9 +72,11 @@ pass_init (struct bdev *d, const struct bdev_ops *ops, struct bdev *under, struc
   int r = bdev_init (d, ops, under->name, bdev_size (under), under->writable,
                      under->can_grow, err);
 
-  if (r == 0)
-    ((struct pass *) d)->under = bdev_ref (under);
-  return r;
+  if (r < 0)
+    return r;
+  d->far = under->far;
+  ((struct pass *) d)->under = bdev_ref (under);
+  return 0;
 }
 
 /* --- failing */

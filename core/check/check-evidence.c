@@ -29,6 +29,7 @@
 #include "base/cleanup.h"
 #include "base/num.h"
 #include "check/check-int.h"
+#include "dev/ahead.h"
 #include "fmt/inflate.h"
 #include "fmt/refbits.h"
 
@@ -118,6 +119,15 @@ entries_possible (const struct checker *k, const uint8_t *p, uint64_t nr, uint64
   return *used > 0;
 }
 
+/* Every step-th block of a table of nr entries that are possible. */
+static void
+announce_blocks (const struct checker *k, const uint8_t *table, uint64_t nr, uint64_t step)
+{
+  for (uint64_t i = 0, seen = 0; i < nr; ++i)
+    if (load_be64 (table + i * 8) && seen++ % step == 0)
+      ahead_hint (k->d, load_be64 (table + i * 8), k->g->cluster_size);
+}
+
 static int
 weigh_table (struct checker *k, bool *sound, struct err *err)
 {
@@ -133,6 +143,7 @@ weigh_table (struct checker *k, bool *sound, struct err *err)
       !entries_possible (k, buf, len / 8, &used))
     return 0;
   step = DIV_ROUND_UP (used, SAMPLE);
+  announce_blocks (k, buf, len / 8, step);
   for (uint64_t i = 0; i < len / 8 && r == 0; ++i) {
     uint64_t raw = load_be64 (buf + i * 8);
     bool yes;
@@ -170,16 +181,28 @@ compare_rt_doubts (const void *pa, const void *pb)
   return a->index < b->index ? -1 : a->index > b->index;
 }
 
+static bool
+range_of_doubt (void *opaque, uint64_t i, struct bdev_range *range)
+{
+  const struct checker *k = opaque;
+
+  *range = (struct bdev_range) { k->rt_doubts.ptr[i].ci << k->g->cluster_bits, k->g->cluster_size };
+  return true;
+}
+
 int
 weigh_rt_doubts (struct checker *k, struct err *err)
 {
   struct rt_doubt_vec *v = &k->rt_doubts;
   bool table_weighed = false, table_sound = false;
+  struct ahead ahead;
   int r = 0;
 
+  ahead_init (&ahead, k->d, v->len, range_of_doubt, k);
   for (size_t i = 0; i < v->len && r == 0; ++i) {
     struct rt_doubt *d = &v->ptr[i];
 
+    ahead_at (&ahead, i);
     if (d->index != RT_DOUBT_TABLE)
       r = weigh_block (k, d->index, d->ci << k->g->cluster_bits, &d->sound, err);
     else if (!table_weighed) {

@@ -18,6 +18,7 @@
 #include "base/cleanup.h"
 #include "base/num.h"
 #include "check/check-int.h"
+#include "dev/ahead.h"
 
 #define MAX_CRYPTO_BYTES (UINT64_C (64) << 20)  /* LUKS needs 2 MiB or so */
 #define MAX_TABLES_BYTES (UINT64_C (4) << 30)
@@ -297,12 +298,22 @@ check_bitmap_table (struct bitmaps *b, size_t i, uint64_t *total, struct err *er
                   : read_table (b, i, err);
 }
 
+static bool
+range_of_bitmap (void *opaque, uint64_t i, struct bdev_range *range)
+{
+  const struct bitmap *bm = &((const struct bitmaps *) opaque)->list.ptr[i];
+
+  *range = (struct bdev_range) { bm->table_host_off, bm->table_entries * UINT64_C (8) };
+  return !bm->impossible;
+}
+
 static int
 check_bitmaps (struct checker *k, const struct header_ext *ext, struct err *err)
 {
   struct bitmaps b = { .k = k, .soft = !(k->c->header.autoclear & AUTOCLEAR_BITMAPS) };
   uint8_t data[BITMAPS_EXT_LENGTH] = { 0 };
   uint64_t dir_len, total = 0;
+  struct ahead ahead;
   uint32_t nr;
   int r = bdev_pread_padded (k->d, data, MIN (ext->len, sizeof data), ext->host_off, err);
 
@@ -318,7 +329,9 @@ check_bitmaps (struct checker *k, const struct header_ext *ext, struct err *err)
     return directory_damaged (&b, err);
   pthread_mutex_init (&b.lock, NULL);
   r = read_directory (&b, dir_len, nr, err);
+  ahead_init (&ahead, k->d, b.list.len, range_of_bitmap, &b);
   for (size_t i = 0; i < b.list.len && r == 0; ++i) {
+    ahead_at (&ahead, i);
     r = check_cancelled (k, err);
     if (r == 0)
       r = check_bitmap_table (&b, i, &total, err);

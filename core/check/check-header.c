@@ -13,6 +13,9 @@
 #include "base/cleanup.h"
 #include "base/num.h"
 #include "check/check-int.h"
+#include "dev/ahead.h"
+
+#define HEAD_BYTES (UINT64_C (1) << 20) /* of most files, what the first phases read is here */
 
 static int
 header_finding (struct checker *k, enum finding_id id, uint64_t host_off, uint64_t found,
@@ -129,8 +132,10 @@ check_header (struct checker *k, struct err *err)
   struct check *c = k->c;
   uint8_t fixed[HEADER_FIXED_LENGTH];
   CLEANUP_FREE uint8_t *cluster = NULL;
-  int r = bdev_pread_padded (k->d, fixed, sizeof fixed, 0, err);
+  int r;
 
+  ahead_hint (k->d, 0, HEAD_BYTES);
+  r = bdev_pread_padded (k->d, fixed, sizeof fixed, 0, err);
   if (r < 0)
     return r;
   header_decode (fixed, sizeof fixed, &c->header);

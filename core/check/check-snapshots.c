@@ -27,6 +27,7 @@
 #include "base/cleanup.h"
 #include "base/num.h"
 #include "check/check-int.h"
+#include "dev/ahead.h"
 
 #define MAX_ENTRY_BYTES (UINT64_C (140) << 10)  /* the lengths in an entry allow no more */
 #define FIRST_READ  (UINT64_C (64) << 10)       /* of the snapshot table, bytes */
@@ -405,6 +406,11 @@ weigh_l1 (struct checker *k, const struct snapshot *s, const uint8_t *buf, uint6
   uint64_t good = 0, bad = 0, seen = 0;
   int r = 0;
 
+  for (uint64_t i = 0, n = 0; i < s->l1_entries && n < SAMPLE; ++i)
+    if (load_be64 (buf + i * 8)) {
+      ahead_hint (k->d, load_be64 (buf + i * 8) & L1E_OFF_MASK, k->g->cluster_size);
+      ++n;
+    }
   *yes = zero_words (buf + s->l1_entries * 8, len / 8 - s->l1_entries) == len / 8 - s->l1_entries;
   for (uint64_t i = 0; i < s->l1_entries && *yes && r == 0; ++i) {
     uint64_t raw = load_be64 (buf + i * 8), off = raw & L1E_OFF_MASK;

@@ -19,6 +19,7 @@
 
 #include "base/cleanup.h"
 #include "base/num.h"
+#include "dev/ahead.h"
 #include "dev/bdev.h"
 
 #define ZERO_CHUNK (256 * 1024)
@@ -131,18 +132,28 @@ bdev_pread_padded (struct bdev *d, void *buf, size_t len, uint64_t off, struct e
   return inside ? bdev_pread (d, buf, inside, off, err) : 0;
 }
 
+static bool
+range_of_list (void *opaque, uint64_t i, struct bdev_range *range)
+{
+  *range = ((const struct bdev_range *) opaque)[i];
+  return true;
+}
+
 /* One range after the other, through one buffer. */
 static int
 read_many_emulated (struct bdev *d, const struct bdev_range *ranges, size_t nr,
                     bdev_many_fn fn, void *opaque)
 {
   CLEANUP_FREE uint8_t *buf = NULL;
+  struct ahead ahead;
   size_t cap = 0;
 
+  ahead_init (&ahead, d, nr, range_of_list, (void *) ranges);
   for (size_t i = 0; i < nr; ++i) {
     struct err why = { 0 };
     int r = 0;
 
+    ahead_at (&ahead, i);
     if (buf == NULL || ranges[i].len > cap) {
       free (buf);
       cap = MAX (ranges[i].len, 1);

@@ -95,7 +95,8 @@ struct bdev {
   bool writable;                /* constant once I/O has begun */
   bool can_grow;                /* constant after open; false: size is a hard limit */
   bool far;                     /* constant after open; each read costs a journey: ask for more
-                                   at once (bdev_cache, bdev_read_many) than is needed next */
+                                   at once (bdev_cache, bdev_read_many) than is needed next.
+                                   A device that lies on others is far if one of them is. */
   atomic_uint refs;
   _Atomic uint64_t size;        /* bytes; grows only through resize */
 };

@@ -8,8 +8,11 @@
  * found.
  */
 #include <errno.h>
+#include <pthread.h>
 #include <stdlib.h>
+#include <string.h>
 
+#include "base/cleanup.h"
 #include "base/num.h"
 #include "dev/concat.h"
 
@@ -48,12 +51,67 @@ piece (const struct concat *c, size_t i, uint64_t off, uint64_t len, uint64_t *u
   return MIN (c->slices[i].len - in_slice, len);
 }
 
+/* Slices that are being read into one buffer, each to its place. */
+struct gathering {
+  const struct bdev_range *ranges;
+  uint8_t *const *to;
+  pthread_mutex_t lock;
+  struct err why;               /* protected by lock: of the first that failed */
+};
+
+static int
+slice_read (void *opaque, size_t i, const void *buf, int r, const struct err *why)
+{
+  struct gathering *g = opaque;
+
+  if (r == 0) {
+    memcpy (g->to[i], buf, g->ranges[i].len);
+    return 0;
+  }
+  LOCK_SCOPE (&g->lock);
+  if (g->why.code == 0 && why)
+    g->why = *why;
+  return r;
+}
+
+#define MAX_GATHER 64
+
+/* A far device is asked for many slices at once. */
+static int
+pread_far (struct concat *c, uint8_t *p, size_t len, uint64_t off, struct err *err)
+{
+  struct bdev_range ranges[MAX_GATHER];
+  uint8_t *to[MAX_GATHER];
+  struct gathering g = { .ranges = ranges, .to = to };
+  struct err why = { 0 };
+  int r = 0;
+
+  pthread_mutex_init (&g.lock, NULL);
+  for (size_t i = find_slice (c, off), nr = 0; len > 0 && r == 0; ++i) {
+    uint64_t under_off, n = piece (c, i, off, len, &under_off);
+
+    ranges[nr] = (struct bdev_range) { under_off, n };
+    to[nr++] = p;
+    p += n;
+    off += n;
+    len -= n;
+    if (nr == MAX_GATHER || len == 0) {
+      r = bdev_read_many (c->under, ranges, nr, slice_read, &g, &why);
+      nr = 0;
+    }
+  }
+  pthread_mutex_destroy (&g.lock);
+  return r < 0 ? err_set (err, -r, "%s", g.why.code ? g.why.msg : why.msg) : 0;
+}
+
 static int
 concat_pread (struct bdev *d, void *buf, size_t len, uint64_t off, struct err *err)
 {
   struct concat *c = (struct concat *) d;
   uint8_t *p = buf;
 
+  if (d->far)
+    return pread_far (c, buf, len, off, err);
   for (size_t i = find_slice (c, off); len > 0; ++i) {
     uint64_t under_off, n = piece (c, i, off, len, &under_off);
     int r = bdev_pread (c->under, p, n, under_off, err);
@@ -186,6 +244,7 @@ concat_new (const char *name, struct bdev *under, struct slice_of_vec *slices,
     concat_close (&c->d);
     return r;
   }
+  c->d.far = under->far;
   *ret = &c->d;
   return 0;
 }

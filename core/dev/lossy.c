@@ -21,6 +21,7 @@
 #include "base/num.h"
 #include "base/vec.h"
 #include "dev/lossy.h"
+#include "dev/many.h"
 
 #define ULL(n) ((unsigned long long) (n))
 #define MAX_PARTS UINT64_C (65536)
@@ -184,6 +185,24 @@ lossy_pread (struct bdev *d, void *buf, size_t len, uint64_t off, struct err *er
   return bdev_pread (l->under, buf, len, off, err);
 }
 
+/* Where nothing asked for can be lost, as under it; else range by range. */
+static int
+lossy_read_many (struct bdev *d, const struct bdev_range *ranges, size_t nr, bdev_many_fn fn,
+                 void *opaque, struct err *err)
+{
+  struct lossy *l = lossy_of (d);
+  uint64_t size = bdev_size (d);
+  bool whole = size == bdev_size (l->under);    /* what is past the end is zeros in both */
+
+  for (size_t i = 0; i < nr && whole; ++i) {
+    uint64_t off = ranges[i].off, len = off < size ? MIN (ranges[i].len, size - off) : 0;
+
+    whole = len == 0 || !near_gap (l, off, len);
+  }
+  return whole ? bdev_read_many (l->under, ranges, nr, fn, opaque, err)
+               : many_read (d, ranges, nr, fn, opaque, err);
+}
+
 static int
 lossy_pwrite (struct bdev *d, const void *buf, size_t len, uint64_t off, unsigned flags,
               struct err *err)
@@ -278,6 +297,7 @@ static const struct bdev_ops lossy_ops = {
   .kind = "lossy",
   .native_fua = true,           /* passed on, with all that it means there */
   .pread = lossy_pread,
+  .read_many = lossy_read_many,
   .pwrite = lossy_pwrite,
   .zero = lossy_zero,
   .trim = lossy_trim,
@@ -348,6 +368,7 @@ lossy_new (struct bdev *d, const struct lossy_range *ranges, size_t nr, struct b
   }
   pthread_rwlock_init (&l->lock, NULL);
   l->under = bdev_ref (d);
+  l->d.far = d->far;
   *ret = &l->d;
   return 0;
 }

@@ -5,6 +5,7 @@
  */
 #include <errno.h>
 #include <inttypes.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -51,41 +52,75 @@ decode (const uint8_t buf[FINGERPRINT_LENGTH], struct fingerprint *f)
 
 /* --- taking it */
 
-static int
-crc_range (struct bdev *d, uint64_t off, uint64_t len, uint8_t *buf, uint32_t *crc,
-           struct err *err)
-{
-  int r;
-
-  if (off >= bdev_size (d))
-    return 0;
-  len = MIN (len, bdev_size (d) - off);
-  r = bdev_pread (d, buf, len, off, err);
-  if (r == 0)
-    *crc = crc32 (*crc, buf, len);
-  return r;
-}
-
 #define EDGE       (UINT64_C (1) << 20)
 #define NR_SAMPLES 256
 #define SAMPLE     4096
+#define NR_EDGES   2
+#define MAX_RANGES (NR_EDGES + NR_SAMPLES)
 
+/* What is looked at: the edges, then the samples, none past the end of d. */
+static size_t
+choose_ranges (struct bdev *d, struct bdev_range *ranges)
+{
+  uint64_t size = bdev_size (d);
+  size_t nr = 0;
+
+  ranges[nr++] = (struct bdev_range) { 0, MIN (EDGE, size) };
+  ranges[nr++] = (struct bdev_range) { size > EDGE ? size - EDGE : 0, size > EDGE ? EDGE : 0 };
+  for (uint64_t i = 1; size > 2 * EDGE && i <= NR_SAMPLES; ++i) {
+    uint64_t off = size / (NR_SAMPLES + 1) * i;
+
+    ranges[nr++] = (struct bdev_range) { off, MIN (SAMPLE, size - off) };
+  }
+  return nr;
+}
+
+struct summing {
+  const struct bdev_range *ranges;
+  uint32_t crcs[MAX_RANGES];    /* each written by one callback */
+  pthread_mutex_t lock;
+  struct err why;               /* protected by lock: of the first range that cannot be read */
+};
+
+static int
+sum_range (void *opaque, size_t i, const void *buf, int r, const struct err *why)
+{
+  struct summing *s = opaque;
+
+  if (r == 0) {
+    s->crcs[i] = crc32 (0, buf, s->ranges[i].len);
+    return 0;
+  }
+  LOCK_SCOPE (&s->lock);
+  if (s->why.code == 0)
+    s->why = *why;
+  return r;
+}
+
+/* All ranges are asked for at once, for sources that are far; the checksums of each are
+ * then put together in order, as if they had been read one after the other.
+ */
 int
 fingerprint_sums (struct bdev *d, struct fingerprint *f, struct err *err)
 {
-  CLEANUP_FREE uint8_t *buf = malloc (EDGE);
-  uint64_t size = bdev_size (d);
+  struct bdev_range ranges[MAX_RANGES];
+  struct summing s = { .ranges = ranges };
+  size_t nr = choose_ranges (d, ranges);
+  struct err why = { 0 };
   int r;
 
-  if (!buf)
-    return err_set (err, ENOMEM, "out of memory");
+  pthread_mutex_init (&s.lock, NULL);
+  r = bdev_read_many (d, ranges, nr, sum_range, &s, &why);
+  pthread_mutex_destroy (&s.lock);
+  if (r < 0)
+    return err_set (err, -r, "%s", s.why.code ? s.why.msg : why.msg);
   f->edges_crc = f->samples_crc = 0;
-  r = crc_range (d, 0, EDGE, buf, &f->edges_crc, err);
-  if (r == 0 && size > EDGE)
-    r = crc_range (d, size - EDGE, EDGE, buf, &f->edges_crc, err);
-  for (uint64_t i = 1; r == 0 && size > 2 * EDGE && i <= NR_SAMPLES; ++i)
-    r = crc_range (d, size / (NR_SAMPLES + 1) * i, SAMPLE, buf, &f->samples_crc, err);
-  return r;
+  for (size_t i = 0; i < nr; ++i) {
+    uint32_t *crc = i < NR_EDGES ? &f->edges_crc : &f->samples_crc;
+
+    *crc = crc32_combine (*crc, s.crcs[i], ranges[i].len);
+  }
+  return 0;
 }
 
 int

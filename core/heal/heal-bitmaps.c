@@ -69,6 +69,8 @@ write_directory (struct heal *h, uint64_t len, uint64_t *host_off, struct err *e
 
   if (!dir)
     return err_set (err, ENOMEM, "out of memory");
+  if (v->len)                   /* of some hundred KiB at most */
+    ahead_hint (h->d, *host_off, v->ptr[v->len - 1].dir_off + v->ptr[v->len - 1].dir_len);
   for (size_t i = 0; i < v->len && r == 0; ++i) {
     if (v->ptr[i].damaged)
       continue;

@@ -46,6 +46,18 @@ right_l2_entry (const struct heal *h, uint64_t raw, uint64_t bitmap)
   return with_right_flag (h, raw, e.host_off);
 }
 
+/* What the entry at p should be. */
+static uint64_t
+right_entry (const struct heal *h, const uint8_t *p, bool l2)
+{
+  uint64_t raw = load_be64 (p);
+
+  if (l2)
+    return right_l2_entry (h, raw, h->g.extended_l2 ? load_be64 (p + 8) : 0);
+  return is_cluster_inside (h, raw & L1E_OFF_MASK) ? with_right_flag (h, raw, raw & L1E_OFF_MASK)
+                                                   : raw;
+}
+
 /* buf holds len bytes of a table of entries that lie at host_off. */
 static int
 fix_slice (struct heal *h, uint8_t *buf, uint64_t len, uint64_t host_off, bool l2,
@@ -55,13 +67,9 @@ fix_slice (struct heal *h, uint8_t *buf, uint64_t len, uint64_t host_off, bool l
   uint64_t fixed = 0;
 
   for (uint64_t i = 0; i < len; i += step) {
-    uint64_t raw = load_be64 (buf + i), right = raw;
+    uint64_t right = right_entry (h, buf + i, l2);
 
-    if (l2)
-      right = right_l2_entry (h, raw, h->g.extended_l2 ? load_be64 (buf + i + 8) : 0);
-    else if (is_cluster_inside (h, raw & L1E_OFF_MASK))
-      right = with_right_flag (h, raw, raw & L1E_OFF_MASK);
-    if (right != raw) {
+    if (right != load_be64 (buf + i)) {
       store_be64 (buf + i, right);
       fixed++;
     }
@@ -83,6 +91,49 @@ fix_table (struct heal *h, uint8_t *table, uint64_t len, uint64_t host_off, bool
   return r;
 }
 
+/* --- from afar */
+
+/* Announce the slices that fix_table is going to write. */
+static void
+announce_table (const struct heal *h, const uint8_t *table, uint64_t len, uint64_t host_off,
+                bool l2)
+{
+  unsigned step = l2 ? h->g.l2e_size : 8;
+  uint64_t next = 0;            /* what lies before it is announced */
+
+  for (uint64_t i = 0; i < len; i += step)
+    if (host_off + i >= next && right_entry (h, table + i, l2) != load_be64 (table + i)) {
+      heal_announce_write (h, host_off + i, step);
+      next = ROUND_DOWN (host_off + i, COPY_GRAIN) + COPY_GRAIN;
+    }
+}
+
+struct tables {
+  struct heal *h;
+  const uint8_t *l1;
+};
+
+static bool
+range_of_table (void *opaque, uint64_t i, struct bdev_range *range)
+{
+  const struct tables *t = opaque;
+
+  *range = (struct bdev_range) { load_be64 (t->l1 + i * 8) & L1E_OFF_MASK, t->h->g.cluster_size };
+  return is_cluster_inside (t->h, range->off);
+}
+
+/* heal_copied_flags is between two tables, so h->buf is free. */
+static void
+scout_table (void *opaque, uint64_t i)
+{
+  const struct tables *t = opaque;
+  struct heal *h = t->h;
+  uint64_t host_off = load_be64 (t->l1 + i * 8) & L1E_OFF_MASK;
+
+  if (bdev_pread_padded (h->d, h->buf, h->g.cluster_size, host_off, NULL) == 0)
+    announce_table (h, h->buf, h->g.cluster_size, host_off, true);
+}
+
 /* Does some table lie where guest data or other metadata lies too?  Then a flag
  * set in it could be a byte of the guest's.
  */
@@ -93,6 +144,33 @@ tables_are_doubtful (const struct check *c)
          || findings_has (&c->findings, FINDING_L2_ENTRY_OVERLAP)
          || findings_has (&c->findings, FINDING_L2_TABLE_NONSENSE)
          || findings_has (&c->findings, FINDING_SNAPSHOT_OVERLAP);
+}
+
+static int
+fix_l2_tables (struct heal *h, const uint8_t *l1, uint64_t l1_entries, struct err *err)
+{
+  struct tables t = { h, l1 };
+  struct ahead ahead;
+  int r = 0;
+
+  ahead_init (&ahead, h->d, l1_entries, range_of_table, &t);
+  if (h->g.cluster_size < COPY_GRAIN)
+    ahead.scout = scout_table;
+  for (uint64_t i = 0; r == 0 && i < l1_entries; ++i) {
+    uint64_t l2_host_off = load_be64 (l1 + i * 8) & L1E_OFF_MASK;
+
+    if (!is_cluster_inside (h, l2_host_off))
+      continue;
+    progress_update (h->progress, "mending COPIED flags", i, l1_entries);
+    ahead_at (&ahead, i);
+    r = bdev_pread_padded (h->d, h->buf, h->g.cluster_size, l2_host_off, NULL);
+    if (r < 0) {
+      r = 0;                    /* the check reported it; its flags stay as they are */
+      continue;
+    }
+    r = fix_table (h, h->buf, h->g.cluster_size, l2_host_off, true, err);
+  }
+  return r;
 }
 
 int
@@ -112,19 +190,10 @@ heal_copied_flags (struct heal *h, struct err *err)
   if (!l1)
     return err_set (err, ENOMEM, "out of memory");
   r = bdev_pread_padded (h->d, l1, l1_bytes, header->l1_host_off, err);
-  for (uint64_t i = 0; r == 0 && i < l1_entries; ++i) {
-    uint64_t l2_host_off = load_be64 (l1 + i * 8) & L1E_OFF_MASK;
-
-    if (!is_cluster_inside (h, l2_host_off))
-      continue;
-    progress_update (h->progress, "mending COPIED flags", i, l1_entries);
-    r = bdev_pread_padded (h->d, h->buf, h->g.cluster_size, l2_host_off, NULL);
-    if (r < 0) {
-      r = 0;                    /* the check reported it; its flags stay as they are */
-      continue;
-    }
-    r = fix_table (h, h->buf, h->g.cluster_size, l2_host_off, true, err);
-  }
+  if (r == 0)
+    r = fix_l2_tables (h, l1, l1_entries, err);
+  if (r == 0 && h->d->far)
+    announce_table (h, l1, l1_bytes, header->l1_host_off, false);
   if (r == 0)
     r = fix_table (h, l1, l1_bytes, header->l1_host_off, false, err);
   return r;

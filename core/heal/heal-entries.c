@@ -223,19 +223,24 @@ fix_run (struct fix *f, struct err *err)
   return r;
 }
 
-/* Data-file images have no snapshots: the guest offset follows from the active L1 table. */
+/* Data-file images have no snapshots: the guest offset follows from the active L1 table,
+ * which is read into *l1 if it is not there.
+ */
 static int
-find_guest_off (struct fix *f, bool *found, struct err *err)
+find_guest_off (struct fix *f, uint8_t **l1_cached, bool *found, struct err *err)
 {
   const struct header *header = &f->h->c->header;
   uint64_t nr = f->h->c->l1_entries_followed, bytes = nr * 8;
-  CLEANUP_FREE uint8_t *l1 = malloc (MAX (bytes, 1));
-  int r;
+  uint8_t *l1 = *l1_cached;
+  int r = 0;
 
   *found = false;
-  if (!l1)
-    return err_set (err, ENOMEM, "out of memory");
-  r = bdev_pread_padded (f->h->d, l1, bytes, header->l1_host_off, err);
+  if (!l1) {
+    *l1_cached = l1 = malloc (MAX (bytes, 1));
+    if (!l1)
+      return err_set (err, ENOMEM, "out of memory");
+    r = bdev_pread_padded (f->h->d, l1, bytes, header->l1_host_off, err);
+  }
   for (uint64_t i = 0; r == 0 && !*found && i < nr; ++i)
     if ((load_be64 (l1 + i * 8) & L1E_OFF_MASK) == f->run->table_host_off) {
       f->guest_off = i * f->h->g.l2_coverage;
@@ -244,21 +249,42 @@ find_guest_off (struct fix *f, bool *found, struct err *err)
   return r;
 }
 
+/* What run i is in, with all that an overlay copies for it. */
+static bool
+range_around_run (void *opaque, uint64_t i, struct bdev_range *range)
+{
+  const struct heal *h = opaque;
+  const struct bad_run *run = &h->c->bad.ptr[i];
+  uint64_t step = run->in_l1 ? 8 : h->g.l2e_size, off = run->table_host_off + run->index * step;
+
+  range->off = ROUND_DOWN (off, COPY_GRAIN);
+  range->len = ROUND_UP (off + run->count * step, COPY_GRAIN) - range->off;
+  return run->fix != BAD_UNREADABLE && run->fix != BAD_CUT;
+}
+
 int
 heal_entries (struct heal *h, struct err *err)
 {
   const struct bad_run_vec *bad = &h->c->bad;
+  CLEANUP_FREE uint8_t *l1 = NULL;
+  struct ahead ahead;
   int r = 0;
 
+  ahead_init (&ahead, h->d, bad->len, range_around_run, h);
   for (size_t i = 0; r == 0 && i < bad->len; ++i) {
     struct fix f = { .h = h, .run = &bad->ptr[i] };
     bool wanted = f.run->fix != BAD_UNREADABLE && f.run->fix != BAD_CUT;
 
     progress_update (h->progress, "mending tables", i, bad->len);
+    ahead_at (&ahead, i);
     if (f.run->fix == BAD_PLACE)
-      r = find_guest_off (&f, &wanted, err);
+      r = find_guest_off (&f, &l1, &wanted, err);
     if (r == 0 && wanted)
       r = fix_run (&f, err);
+    if (f.run->in_l1) {         /* it is another now */
+      free (l1);
+      l1 = NULL;
+    }
   }
   return r;
 }

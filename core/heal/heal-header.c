@@ -129,13 +129,16 @@ static int
 copy_l1 (struct heal *h, uint64_t host_off, uint64_t clusters, struct err *err)
 {
   uint64_t bytes = h->c->l1_entries_followed * UINT64_C (8);
+  struct ahead ahead;
   int r = 0;
 
+  ahead_init_bytes (&ahead, h->d, h->c->header.l1_host_off, bytes, h->g.cluster_size);
   for (uint64_t done = 0; done < clusters << h->g.cluster_bits && r == 0;
        done += h->g.cluster_size) {
     uint64_t n = done < bytes ? MIN (bytes - done, h->g.cluster_size) : 0;
 
     memset (h->buf, 0, h->g.cluster_size);
+    ahead_at (&ahead, done >> h->g.cluster_bits);
     if (n > 0)
       r = bdev_pread_padded (h->d, h->buf, n, h->c->header.l1_host_off + done, err);
     if (r == 0)

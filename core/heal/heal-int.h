@@ -2,6 +2,8 @@
 #ifndef QR_HEAL_INT_H
 #define QR_HEAL_INT_H
 
+#include "base/num.h"
+#include "dev/ahead.h"
 #include "heal/heal.h"
 #include "heal/lost.h"
 #include "heal/rebuild.h"
@@ -61,6 +63,20 @@ int heal_place (struct heal *h, uint64_t n, uint64_t *host_off, struct err *err)
 /* Write len bytes at host_off, past the end of the file too (it grows). */
 int heal_write (struct heal *h, const void *buf, uint64_t len, uint64_t host_off,
                 struct err *err);
+
+/* Bytes around a write that an overlay copies from the source, in whole clusters of its own. */
+#define COPY_GRAIN (UINT64_C (64) << 10)
+
+/* If the image is far: len bytes at host_off are going to be written, so what lies around
+ * them will be read.
+ */
+static inline void
+heal_announce_write (const struct heal *h, uint64_t host_off, uint64_t len)
+{
+  uint64_t from = ROUND_DOWN (host_off, COPY_GRAIN);
+
+  ahead_hint (h->d, from, ROUND_UP (host_off + len, COPY_GRAIN) - from);
+}
 
 /* The refcount that cluster ci shall have on disk. */
 static inline uint64_t

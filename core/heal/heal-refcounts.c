@@ -130,18 +130,32 @@ keep_lost_orphans (struct heal *h, struct err *err)
   return r;
 }
 
+/* The block of refcount table entry i, if it stays in use. */
+static bool
+range_of_block (void *opaque, uint64_t i, struct bdev_range *range)
+{
+  const struct heal *h = opaque;
+
+  *range = (struct bdev_range) { h->c->rt.entries[i] & RTE_OFF_MASK, h->g.cluster_size };
+  return h->c->rt.states[i] == RB_SOUND;
+}
+
 /* An incomplete check must not free what it did not understand. */
 static int
 keep_refcounts (struct heal *h, struct err *err)
 {
   const struct rt_state *rt = &h->c->rt;
   int r = keep_lost_orphans (h, err);
+  struct ahead ahead;
 
   if (r < 0 || !rt->usable || !h->c->kept)
     return r;
+  ahead_init (&ahead, h->d, rt->nr_entries, range_of_block, h);
   for (uint64_t i = 0; r == 0 && i < rt->nr_entries; ++i)
-    if (rt->states[i] == RB_SOUND)
+    if (rt->states[i] == RB_SOUND) {
+      ahead_at (&ahead, i);
       r = keep_block (h, i, err);
+    }
   return r;
 }
 
@@ -183,15 +197,35 @@ switch_header (struct heal *h, const struct rebuild_plan *plan, struct err *err)
   return r;
 }
 
+struct placed {
+  const struct heal *h;
+  const struct rb_place_vec *places;
+};
+
+/* What an overlay copies around new block i. */
+static bool
+range_around_place (void *opaque, uint64_t i, struct bdev_range *range)
+{
+  const struct placed *p = opaque;
+  uint64_t host_off = p->places->ptr[i].host_ci << p->h->g.cluster_bits;
+
+  *range = (struct bdev_range) { ROUND_DOWN (host_off, COPY_GRAIN), COPY_GRAIN };
+  return host_off != 0 && p->h->g.cluster_size < COPY_GRAIN;
+}
+
 static int
 write_plan (struct heal *h, const struct rebuild_plan *plan, struct err *err)
 {
+  struct placed placed = { h, &plan->blocks };
+  struct ahead ahead;
   int r = claim_free (h, plan->rt_host_ci, plan->rt_clusters, err);
 
   for (size_t i = 0; r == 0 && i < plan->blocks.len; ++i)
     r = claim_free (h, plan->blocks.ptr[i].host_ci, 1, err);
+  ahead_init (&ahead, h->d, plan->blocks.len, range_around_place, &placed);
   for (size_t i = 0; r == 0 && i < plan->blocks.len; ++i) {
     progress_update (h->progress, "rebuilding refcounts", i, plan->blocks.len);
+    ahead_at (&ahead, i);
     r = write_block (h, plan->blocks.ptr[i].index, plan->blocks.ptr[i].host_ci, err);
   }
   if (r == 0)
@@ -345,24 +379,43 @@ place_lost_blocks (struct heal *h, struct rb_place_vec *places, bool *fits, stru
   return r;
 }
 
+/* What an overlay copies around the entry that names it. */
+static bool
+range_around_entry (void *opaque, uint64_t i, struct bdev_range *range)
+{
+  const struct placed *p = opaque;
+  uint64_t off = p->h->c->rt.host_off + p->places->ptr[i].index * 8;
+  uint64_t before = i ? p->h->c->rt.host_off + p->places->ptr[i - 1].index * 8 : 0;
+
+  *range = (struct bdev_range) { ROUND_DOWN (off, COPY_GRAIN), COPY_GRAIN };
+  return i == 0 || ROUND_DOWN (before, COPY_GRAIN) != range->off;
+}
+
 /* New blocks and the raised values that account for them, flush, then the
  * entries that put them in force (I2, I5).
  */
 static int
 write_lost_blocks (struct heal *h, const struct rb_place_vec *places, struct err *err)
 {
+  struct placed placed = { h, places };
+  struct ahead ahead;
   int r = 0;
 
+  ahead_init (&ahead, h->d, places->len, range_around_place, &placed);
   for (size_t i = 0; r == 0 && i < places->len; ++i)
-    if (places->ptr[i].host_ci != NO_BLOCK)
+    if (places->ptr[i].host_ci != NO_BLOCK) {
+      ahead_at (&ahead, i);
       r = write_block (h, places->ptr[i].index, places->ptr[i].host_ci, err);
+    }
   if (r == 0)
     r = heal_values (h, HEAL_RAISE, err);
   if (r == 0)
     r = bdev_flush (h->d, err);
+  ahead_init (&ahead, h->d, places->len, range_around_entry, &placed);
   for (size_t i = 0; r == 0 && i < places->len; ++i) {
     uint8_t entry[8];
 
+    ahead_at (&ahead, i);
     store_be64 (entry, places->ptr[i].host_ci << h->g.cluster_bits);
     r = bdev_pwrite (h->d, entry, sizeof entry,
                      h->c->rt.host_off + places->ptr[i].index * 8, 0, err);
@@ -391,6 +444,12 @@ heal_replace_blocks (struct heal *h, bool *fits, struct err *err)
 
 /* Only the 512-byte pieces in which something changed are written. */
 #define PIECE 512
+
+/* What heal_values is doing. */
+struct values {
+  struct heal *h;
+  enum heal_direction direction;
+};
 
 static uint64_t
 set_values_in_piece (struct heal *h, uint64_t first_ci, uint64_t first, uint64_t n,
@@ -432,6 +491,34 @@ set_values_in_block (struct heal *h, uint64_t index, enum heal_direction directi
   return r;
 }
 
+/* heal_values is between two blocks, so h->buf is free.  Will it write into block i?  That is
+ * smaller than COPY_GRAIN and lies in one.
+ */
+static void
+scout_block (void *opaque, uint64_t i)
+{
+  struct values *v = opaque;
+  struct heal *h = v->h;
+  uint64_t host_off = h->c->rt.entries[i] & RTE_OFF_MASK;
+  uint64_t per_piece = (PIECE * 8) >> h->g.refcount_order;
+
+  if (bdev_pread_padded (h->d, h->buf, h->g.cluster_size, host_off, NULL) < 0)
+    return;
+  for (uint64_t at = 0; at < h->g.rb_entries; at += per_piece)
+    if (set_values_in_piece (h, i << h->g.rb_bits, at, per_piece, v->direction)) {
+      heal_announce_write (h, host_off, h->g.cluster_size);
+      return;
+    }
+}
+
+static bool
+range_of_values (void *opaque, uint64_t i, struct bdev_range *range)
+{
+  struct values *v = opaque;
+
+  return range_of_block (v->h, i, range);
+}
+
 static bool
 values_wrong (const struct heal *h, enum heal_direction direction)
 {
@@ -447,6 +534,8 @@ int
 heal_values (struct heal *h, enum heal_direction direction, struct err *err)
 {
   const struct rt_state *rt = &h->c->rt;
+  struct values v = { h, direction };
+  struct ahead ahead;
   uint64_t changed = 0;
   int r = 0;
 
@@ -454,9 +543,13 @@ heal_values (struct heal *h, enum heal_direction direction, struct err *err)
     h->res->leaks_kept = h->c->findings.totals[FINDING_REFCOUNT_HIGH];
   if (!values_wrong (h, direction))
     return 0;
+  ahead_init (&ahead, h->d, rt->nr_entries, range_of_values, &v);
+  if (h->g.cluster_size < COPY_GRAIN)
+    ahead.scout = scout_block;
   for (uint64_t i = 0; r == 0 && i < rt->nr_entries; ++i)
     if (rt->states[i] == RB_SOUND) {
       progress_update (h->progress, "setting refcounts", i, rt->nr_entries);
+      ahead_at (&ahead, i);
       r = set_values_in_block (h, i, direction, &changed, err);
     }
   if (direction == HEAL_RAISE)

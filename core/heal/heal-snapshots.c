@@ -137,25 +137,42 @@ used_entries (struct heal *h, uint64_t host_off, uint64_t nr, unsigned step, uin
   return r;
 }
 
+/* Where the last L2 table of the snapshot is: 0 if there is none that can be read. *l1_index:
+ * its entry.
+ */
+static int
+last_table (struct heal *h, const struct snapshot *s, uint64_t *l2, uint64_t *l1_index,
+            struct err *err)
+{
+  uint64_t tables;
+  uint8_t raw[8];
+  int r = used_entries (h, s->l1_host_off, s->l1_entries, 8, &tables, err);
+
+  *l2 = 0;
+  if (r < 0 || tables == 0)
+    return r;
+  *l1_index = tables - 1;
+  r = bdev_pread_padded (h->d, raw, sizeof raw, s->l1_host_off + *l1_index * 8, err);
+  if (r < 0)
+    return r;
+  *l2 = load_be64 (raw) & L1E_OFF_MASK;
+  if (!IS_ALIGNED (*l2, h->g.cluster_size) || *l2 >= bdev_size (h->d))
+    *l2 = 0;                    /* it is going to be cleared */
+  return 0;
+}
+
 /* Bytes of the disk up to the last cluster that the snapshot's tables map. */
 static int
 mapped_end (struct heal *h, const struct snapshot *s, uint64_t *end, struct err *err)
 {
-  uint64_t tables, clusters, l2;
-  uint8_t raw[8];
-  int r = used_entries (h, s->l1_host_off, s->l1_entries, 8, &tables, err);
+  uint64_t l2, l1_index, clusters;
+  int r = last_table (h, s, &l2, &l1_index, err);
 
   *end = 0;
-  if (r < 0 || tables == 0)
+  if (r < 0 || l2 == 0)
     return r;
-  r = bdev_pread_padded (h->d, raw, sizeof raw, s->l1_host_off + (tables - 1) * 8, err);
-  if (r < 0)
-    return r;
-  l2 = load_be64 (raw) & L1E_OFF_MASK;
-  if (!IS_ALIGNED (l2, h->g.cluster_size) || l2 == 0 || l2 >= bdev_size (h->d))
-    return 0;                   /* it is going to be cleared */
   r = used_entries (h, l2, h->g.l2_entries, h->g.l2e_size, &clusters, err);
-  *end = (tables - 1) * h->g.l2_coverage + (clusters << h->g.cluster_bits);
+  *end = l1_index * h->g.l2_coverage + (clusters << h->g.cluster_bits);
   return r;
 }
 
@@ -213,11 +230,43 @@ add_entry (struct heal *h, struct new_table *t, const struct snapshot *s, struct
   return r;
 }
 
+static bool
+range_of_entry (void *opaque, uint64_t i, struct bdev_range *range)
+{
+  const struct heal *h = opaque;
+  const struct snapshot *s = &h->c->snapshots.ptr[i];
+
+  *range = (struct bdev_range) { h->c->header.snapshots_host_off + s->entry_off, s->entry_len };
+  return !s->unusable;
+}
+
+/* Does disk_size look into the tables of snapshot i, and where do these begin? */
+static bool
+range_of_l1 (void *opaque, uint64_t i, struct bdev_range *range)
+{
+  const struct heal *h = opaque;
+  const struct snapshot *s = &h->c->snapshots.ptr[i];
+
+  *range = (struct bdev_range) { s->l1_host_off, s->l1_entries * UINT64_C (8) };
+  return !s->unusable && lacks_extra_data (h, s) && s->vm_state_bytes == 0;
+}
+
+static void
+scout_l1 (void *opaque, uint64_t i)
+{
+  struct heal *h = opaque;
+  uint64_t l2, l1_index;
+
+  if (last_table (h, &h->c->snapshots.ptr[i], &l2, &l1_index, NULL) == 0 && l2)
+    ahead_hint (h->d, l2, h->g.cluster_size);
+}
+
 /* Those that stay, in their order. */
 static int
 build_table (struct heal *h, struct new_table *t, struct err *err)
 {
   const struct snapshot_vec *v = &h->c->snapshots;
+  struct ahead entries, l1s;
   uint64_t room = 0;
   int r = 0;
 
@@ -227,9 +276,15 @@ build_table (struct heal *h, struct new_table *t, struct err *err)
   t->buf = malloc (MAX (room, 1));
   if (!t->buf)
     return err_set (err, ENOMEM, "out of memory");
-  for (size_t i = 0; i < v->len && r == 0; ++i)
+  ahead_init (&entries, h->d, v->len, range_of_entry, h);
+  ahead_init (&l1s, h->d, v->len, range_of_l1, h);
+  l1s.scout = scout_l1;
+  for (size_t i = 0; i < v->len && r == 0; ++i) {
+    ahead_at (&entries, i);
+    ahead_at (&l1s, i);
     if (!v->ptr[i].unusable)
       r = add_entry (h, t, &v->ptr[i], err);
+  }
   return r;
 }
 

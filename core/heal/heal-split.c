@@ -73,18 +73,37 @@ split_cluster (struct split *s, uint64_t guest_off, struct err *err)
   return r < 0 ? r : bdev_pwrite (s->view, s->buf, c.data_len, c.data_off, 0, err);
 }
 
+struct splitting {
+  const struct split *s;
+  const struct finding *f;
+};
+
+static bool
+range_of_cluster (void *opaque, uint64_t i, struct bdev_range *range)
+{
+  const struct splitting *sp = opaque;
+  uint64_t cs = sp->s->g->cluster_size;
+
+  *range = (struct bdev_range) { sp->f->guest_off + i * cs, cs };
+  return true;
+}
+
 static int
 split_run (struct split *s, const struct finding *f, struct progress *progress, struct err *err)
 {
   uint64_t cs = s->g->cluster_size;
+  struct splitting sp = { s, f };
+  struct ahead ahead;
   int r = 0;
 
+  ahead_init (&ahead, s->view, f->count, range_of_cluster, &sp);
   for (uint64_t i = 0; r == 0 && i < f->count; ++i) {
     uint64_t guest_off = f->guest_off + i * cs;
 
     if (guest_off >= bdev_size (s->view))
       break;                    /* behind the end of the disk nobody writes */
     progress_update (progress, "splitting shared clusters", i, f->count);
+    ahead_at (&ahead, i);
     r = progress_cancelled (progress) ? err_set (err, ECANCELED, "cancelled")
                                       : split_cluster (s, guest_off, err);
   }

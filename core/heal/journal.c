@@ -20,11 +20,12 @@
 
 #include "base/cleanup.h"
 #include "base/num.h"
+#include "dev/ahead.h"
 #include "heal/journal.h"
 #include "heal/overlay.h"
 #include "img/image.h"
 
-#define CHUNK (1 << 20)         /* bytes read at a time */
+#define CHUNK (UINT64_C (1) << 20)         /* bytes read at a time */
 #define GRAIN 4096              /* bytes that are written together if one of them differs */
 
 /* --- state */
@@ -145,6 +146,14 @@ open_alone (struct bdev *file, struct bdev **ret, struct err *err)
 
 /* --- copying */
 
+#define MAX_EXTENTS 1024
+
+struct extent {
+  uint64_t off, len;
+  uint64_t first_chunk;         /* chunks in the list before it */
+  bool zero;
+};
+
 struct copy {
   struct bdev *healed, *source;
   uint8_t *want, *have;         /* CHUNK bytes each */
@@ -152,6 +161,12 @@ struct copy {
   struct progress *progress;
   struct journal_result *res;
   struct err *err;
+  /* Copied together, so that a far source is asked ahead. */
+  struct extent list[MAX_EXTENTS];
+  size_t nr;
+  uint64_t chunks;              /* in all of them */
+  size_t at;                    /* of the chunk that was asked for last */
+  struct ahead ahead;
 };
 
 /* Bytes of buf from at on, in whole grains, that are (or are not) as in the source. */
@@ -205,23 +220,65 @@ copy_chunk (struct copy *c, uint64_t off, size_t len, bool zero)
 }
 
 static int
-copy_extent (void *opaque, uint64_t off, uint64_t len, unsigned kind)
+copy_extent (struct copy *c, const struct extent *e)
 {
-  struct copy *c = opaque;
+  uint64_t off = e->off, len = e->len;
   int r = 0;
 
-  if (kind == BDEV_HOLE)
-    return 0;
   while (r == 0 && len > 0) {
     size_t n = MIN (len, CHUNK);
 
-    r = copy_chunk (c, off, n, kind & BDEV_ZERO);
+    ahead_at (&c->ahead, e->first_chunk + (off - e->off) / CHUNK);
+    r = copy_chunk (c, off, n, e->zero);
     off += n;
     len -= n;
     progress_update (c->progress, "writing the repair into the image", off,
                      bdev_size (c->healed));
   }
   return r;
+}
+
+/* What the source has where chunk i of the list goes. */
+static bool
+range_of_chunk (void *opaque, uint64_t i, struct bdev_range *range)
+{
+  struct copy *c = opaque;
+  const struct extent *e;
+
+  /* Chunks come in order, but announcing runs before copying. */
+  while (c->at > 0 && c->list[c->at].first_chunk > i)
+    --c->at;
+  while (c->at + 1 < c->nr && c->list[c->at + 1].first_chunk <= i)
+    ++c->at;
+  e = &c->list[c->at];
+  range->off = e->off + (i - e->first_chunk) * CHUNK;
+  range->len = MIN (CHUNK, e->off + e->len - range->off);
+  return !c->again;
+}
+
+static int
+copy_list (struct copy *c)
+{
+  int r = 0;
+
+  ahead_init (&c->ahead, c->source, c->chunks, range_of_chunk, c);
+  c->at = 0;
+  for (size_t i = 0; r == 0 && i < c->nr; ++i)
+    r = copy_extent (c, &c->list[i]);
+  c->nr = c->chunks = 0;
+  return r;
+}
+
+static int
+add_extent (void *opaque, uint64_t off, uint64_t len, unsigned kind)
+{
+  struct copy *c = opaque;
+
+  if (kind == BDEV_HOLE)
+    return 0;
+  c->list[c->nr++] = (struct extent) { off, len, c->chunks, kind & BDEV_ZERO };
+  c->chunks += DIV_ROUND_UP (len, CHUNK);
+  return c->nr == MAX_EXTENTS ? copy_list (c) : 0;
 }
 
 static int
@@ -238,7 +295,9 @@ copy_all (struct copy *c, struct bdev *file, struct err *err)
   if (r == 0)
     r = open_alone (file, &alone, err);
   if (r == 0)
-    r = bdev_extents (alone, 0, size, copy_extent, c, err);
+    r = bdev_extents (alone, 0, size, add_extent, c, err);
+  if (r == 0)
+    r = copy_list (c);
   bdev_unref (alone);
   return r < 0 ? r : bdev_flush (c->source, err);
 }

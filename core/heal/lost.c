@@ -9,6 +9,7 @@
 #include "base/cleanup.h"
 #include "base/endian.h"
 #include "base/num.h"
+#include "dev/ahead.h"
 #include "fmt/entry.h"
 #include "heal/lost.h"
 
@@ -165,6 +166,7 @@ struct collector {
   const struct snapshot *snapshot;      /* NULL: the active disk */
   int32_t snapshot_index;
   uint64_t size;                        /* of that disk, bytes */
+  struct ahead runs;                    /* of c->bad; tables mostly come in its order */
 };
 
 static int
@@ -235,6 +237,17 @@ find_table (const struct bad_run_vec *v, uint64_t table_host_off)
   return low;
 }
 
+/* Entries that add_subclusters will read. */
+static bool
+range_of_run (void *opaque, uint64_t i, struct bdev_range *range)
+{
+  const struct bad_run *run = &((const struct collector *) opaque)->c->bad.ptr[i];
+
+  *range = (struct bdev_range) { run->table_host_off + run->index * UINT64_C (16),
+                                 run->count * UINT64_C (16) };
+  return run->fix == BAD_SUBCLUSTERS;
+}
+
 static int
 add_l2_table (struct collector *k, uint64_t l2_host_off, uint64_t guest_off, struct err *err)
 {
@@ -243,8 +256,10 @@ add_l2_table (struct collector *k, uint64_t l2_host_off, uint64_t guest_off, str
 
   for (size_t i = find_table (v, l2_host_off);
        r == 0 && i < v->len && v->ptr[i].table_host_off == l2_host_off; ++i)
-    if (!v->ptr[i].in_l1)
+    if (!v->ptr[i].in_l1) {
+      ahead_at (&k->runs, i);
       r = add_l2_run (k, &v->ptr[i], guest_off, err);
+    }
   return r;
 }
 
@@ -287,6 +302,7 @@ walk_l1 (struct collector *k, uint64_t l1_host_off, uint64_t nr, struct err *err
     return err_set (err, ENOMEM, "out of memory");
   if (bdev_pread_padded (k->d, l1, nr * 8, l1_host_off, NULL) < 0)
     return 0;                   /* the check said so */
+  ahead_init (&k->runs, k->d, k->c->bad.len, range_of_run, k);
   r = 0;
   for (uint64_t i = 0; r == 0 && i < nr; ++i) {
     const struct bad_run *run = l1_run (k, l1_host_off, i, &at);
@@ -300,20 +316,33 @@ walk_l1 (struct collector *k, uint64_t l1_host_off, uint64_t nr, struct err *err
   return r;
 }
 
+static bool
+range_of_snapshot (void *opaque, uint64_t i, struct bdev_range *range)
+{
+  const struct snapshot *s = &((const struct collector *) opaque)->c->snapshots.ptr[i];
+
+  *range = (struct bdev_range) { s->l1_host_off, MIN (s->l1_entries, MAX_L1_BYTES / 8)
+                                                 * UINT64_C (8) };
+  return true;
+}
+
 int
 lost_collect (struct lost *l, struct bdev *d, const struct check *c, struct err *err)
 {
   struct collector k = { .l = l, .d = d, .c = c, .snapshot_index = FINDING_ACTIVE,
                          .size = c->header.size };
   uint64_t most = MAX_L1_BYTES / 8;
+  struct ahead ahead;
   int r = 0;
 
   if (c->bad.len == 0)
     return 0;
   r = walk_l1 (&k, c->header.l1_host_off, MIN (geom_l1_entries (&c->geom, k.size), most), err);
+  ahead_init (&ahead, d, c->snapshots.len, range_of_snapshot, &k);
   for (size_t i = 0; r == 0 && i < c->snapshots.len; ++i) {
     const struct snapshot *s = &c->snapshots.ptr[i];
 
+    ahead_at (&ahead, i);
     k.snapshot = s;
     k.snapshot_index = i;
     k.size = s->size ? s->size : c->header.size;

@@ -24,6 +24,7 @@
 
 #include "base/cleanup.h"
 #include "base/num.h"
+#include "dev/ahead.h"
 #include "dev/concat.h"
 #include "fmt/entry.h"
 #include "heal/orphans.h"
@@ -164,22 +165,35 @@ head_possible (struct finder *f, const uint8_t *buf)
   return l2_tally_possible (&t);
 }
 
+#define MAX_NAMED 4             /* clusters that a table names and that are looked at */
+
+/* The first clusters that the table names; returns how many. */
+static unsigned
+first_named (struct finder *f, const uint8_t *table, uint64_t cis[MAX_NAMED])
+{
+  unsigned n = 0;
+
+  for (uint64_t i = 0; i < f->g->l2_entries && n < MAX_NAMED; ++i) {
+    cis[n] = named_orphan (f, table, i);
+    n += cis[n] != 0;
+  }
+  return n;
+}
+
 /* Are the first clusters that the table names tables themselves, most of them? */
 static int
 names_tables (struct finder *f, bool *yes, struct err *err)
 {
   CLEANUP_FREE uint8_t *named = malloc (f->g->cluster_size);
-  unsigned looked = 0, tables = 0;
+  uint64_t cis[MAX_NAMED];
+  unsigned looked = first_named (f, f->table, cis), tables = 0;
 
   if (named == NULL)
     return no_memory (err);
-  for (uint64_t i = 0; i < f->g->l2_entries && looked < 4; ++i) {
-    uint64_t ci = named_orphan (f, f->table, i);
+  for (unsigned i = 0; i < looked; ++i) {
+    uint64_t ci = cis[i];
     struct l2_tally t;
 
-    if (ci == 0)
-      continue;
-    ++looked;
     if (bdev_pread_padded (f->source, named, MIN (ORPHAN_HEAD_BYTES, f->g->cluster_size),
                            ci << f->g->cluster_bits, NULL) == 0 &&
         head_possible (f, named) && read_whole (f, named, ci << f->g->cluster_bits))
@@ -235,6 +249,7 @@ judge_cluster (struct finder *f, uint64_t host_off, struct err *err)
 struct heads {
   struct finder *f;
   bool possible[BATCH];         /* each written by one callback */
+  const struct bdev_range *ranges;
 };
 
 static int
@@ -246,17 +261,49 @@ head_read (void *opaque, size_t i, const void *buf, int r, const struct err *why
   return 0;
 }
 
+/* A cluster whose head could be a table's is read whole... */
+static bool
+range_of_possible (void *opaque, uint64_t i, struct bdev_range *range)
+{
+  const struct heads *h = opaque;
+
+  *range = (struct bdev_range) { h->ranges[i].off, h->f->g->cluster_size };
+  return h->possible[i];
+}
+
+/* ...and if the whole is one, so are the heads of some that it names. */
+static void
+scout_possible (void *opaque, uint64_t i)
+{
+  const struct heads *h = opaque;
+  struct finder *f = h->f;
+  uint64_t cis[MAX_NAMED];
+  struct l2_tally t;
+
+  if (f->full_room < f->g->cluster_size ||
+      bdev_pread_padded (f->source, f->table, f->g->cluster_size, h->ranges[i].off, NULL) < 0 ||
+      !is_lost_table (f, f->table, &t))
+    return;
+  for (unsigned n = first_named (f, f->table, cis); n > 0; --n)
+    ahead_hint (f->source, cis[n - 1] << f->g->cluster_bits, ORPHAN_HEAD_BYTES);
+}
+
 static int
 judge_batch (struct finder *f, const struct bdev_range *ranges, size_t n, struct err *err)
 {
-  struct heads h = { .f = f };
+  struct heads h = { .f = f, .ranges = ranges };
+  struct ahead ahead;
   int r = cancelled (f, err);
 
   if (r == 0)
     r = bdev_read_many (f->source, ranges, n, head_read, &h, err);
+  ahead_init (&ahead, f->source, n, range_of_possible, &h);
+  ahead.scout = scout_possible;
   for (size_t i = 0; r == 0 && i < n; ++i)
-    if (h.possible[i])
+    if (h.possible[i]) {
+      ahead_at (&ahead, i);
       r = judge_cluster (f, ranges[i].off, err);
+    }
   return r;
 }
 
@@ -341,11 +388,14 @@ look_at_free (struct unreferenced *u, uint64_t ci, uint64_t n)
 {
   struct finder *f = u->f;
   unsigned bits = f->g->cluster_bits;
-  uint64_t most = MAX (CHUNK_BYTES >> bits, UINT64_C (1));
+  uint64_t most = MAX (CHUNK_BYTES >> bits, UINT64_C (1)), first = ci;
+  struct ahead ahead;
   int r = 0;
 
+  ahead_init_bytes (&ahead, f->source, ci << bits, MIN (n << bits, f->zero_room), most << bits);
   for (uint64_t now; r == 0 && n > 0; ci += now, n -= now) {
     now = MIN (n, most);
+    ahead_at (&ahead, (ci - first) / most);
     if (progress_cancelled (f->progress))
       return err_set (u->err, ECANCELED, "cancelled");
     if (f->zero_room < now << bits)

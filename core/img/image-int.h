@@ -271,6 +271,12 @@ void tcache_free (struct image *img);
  */
 int slice_get (struct image *img, uint64_t sn, struct slice **ret, struct err *err);
 
+/* If the file is far: the L2 tables of [guest_off, guest_off+len) will be looked into,
+ * unless that is in RAM or the table is *last, which becomes the last of them.  In a grace
+ * section.
+ */
+void tcache_announce (struct image *img, uint64_t guest_off, uint64_t len, uint64_t *last);
+
 /* The slice if it is in RAM.  In a grace section, or with state_lock held. */
 static inline struct slice *
 slice_peek (struct image *img, uint64_t sn)
@@ -425,6 +431,18 @@ backing_is_zero (const struct image *img, uint64_t guest_off)
 int read_extents (struct image *img, uint64_t guest_off, uint64_t len, bdev_extent_fn fn,
                   void *opaque, struct err *err);
 int read_cache (struct image *img, uint64_t guest_off, uint64_t len, struct err *err);
+
+/* --- gather.c */
+
+/* Read a range that is several runs, with few journeys.  In a grace section. */
+int gather_range (struct image *img, void *buf, uint64_t len, uint64_t guest_off,
+                  struct err *err);
+
+/* The read_many of a view that is far (see bdev_ops).  Outside of grace sections; the
+ * callbacks run outside of them, too, and may do anything that its caller may.
+ */
+int gather_many (struct image *img, const struct bdev_range *ranges, size_t nr,
+                 bdev_many_fn fn, void *opaque);
 
 /* --- compressed.c */
 

@@ -20,9 +20,11 @@
 #include <string.h>
 
 #include "base/log.h"
+#include "dev/ahead.h"
 #include "img/image-int.h"
 
 #define DEFAULT_CACHE (16 << 20)
+#define HEAD_BYTES    (UINT64_C (1) << 20)      /* of most files, what opening them reads is here */
 
 /* --- broken for good */
 
@@ -185,6 +187,7 @@ load_l1 (struct image *img, struct err *err)
 {
   uint64_t bytes = (uint64_t) img->l1_entries * 8, host_off = img->l1_host_off;
   CLEANUP_FREE uint8_t *raw = NULL;
+  struct ahead ahead;
 
   if (bytes > MAX_L1_BYTES || !IS_ALIGNED (host_off, img->g.cluster_size) ||
       !range_fits (host_off, bytes, file_end (img)) || (bytes && host_off == 0))
@@ -194,10 +197,13 @@ load_l1 (struct image *img, struct err *err)
   raw = malloc (IO_CHUNK);
   if (!img->l1 || !raw)
     return err_set (err, ENOMEM, "out of memory");
+  ahead_init_bytes (&ahead, img->file, host_off, bytes, IO_CHUNK);
   for (uint64_t off = 0; off < bytes; off += IO_CHUNK) {
     uint64_t n = MIN (bytes - off, IO_CHUNK);
-    int r = bdev_pread_padded (img->file, raw, n, host_off + off, err);
+    int r;
 
+    ahead_at (&ahead, off / IO_CHUNK);
+    r = bdev_pread_padded (img->file, raw, n, host_off + off, err);
     if (r < 0)
       return r;
     for (uint64_t i = 0; i < n; i += 8) {
@@ -315,6 +321,7 @@ image_open (struct bdev *file, const struct image_options *opts,
 
   if (img == NULL)
     return err_set (err, ENOMEM, "out of memory");
+  ahead_hint (file, 0, HEAD_BYTES);
   img->file = bdev_ref (file);
   img->backing = bdev_ref (opts->backing);
   r = init_locks (img, &why);
@@ -325,6 +332,7 @@ image_open (struct bdev *file, const struct image_options *opts,
   if (r == 0)
     r = bdev_init (&img->view, &image_ops, file->name, size, writable, false, &why);
   if (r == 0) {
+    img->view.far = file->far || img->data->far || (img->backing && img->backing->far);
     img->lazy = writable && (img->header.compatible & COMPAT_LAZY_REFCOUNTS);
     img->backed = img->backing || img->header.backing_off != 0;
     atomic_init (&img->durable_size, size);

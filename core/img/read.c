@@ -8,6 +8,7 @@
 #include <errno.h>
 #include <string.h>
 
+#include "dev/ahead.h"
 #include "img/image-int.h"
 
 int
@@ -51,6 +52,10 @@ read_range (struct image *img, void *buf, uint64_t len, uint64_t guest_off,
     struct run run;
 
     r = map_lookup (img, guest_off, len, &run, err);
+    if (r == 0 && img->view.far && run.len < len) {
+      r = gather_range (img, p, len, guest_off, err);
+      break;
+    }
     if (r == 0)
       r = read_run (img, &run, p, guest_off, err);
     if (r == 0) {
@@ -134,17 +139,30 @@ run_of_unmapped (struct image *img, uint64_t guest_off, uint64_t len, struct run
                         .len = MIN (step - (guest_off & (step - 1)), len) };
 }
 
+/* The L2 table of L1 entry i; opaque is the image. */
+static bool
+range_of_table (void *opaque, uint64_t i, struct bdev_range *range)
+{
+  struct image *img = opaque;
+
+  *range = (struct bdev_range) { map_l1 (img, i) & L1E_OFF_MASK, img->g.cluster_size };
+  return range->off && slice_peek (img, i << img->table_slices_bits) == NULL;
+}
+
 int
 read_extents (struct image *img, uint64_t guest_off, uint64_t len, bdev_extent_fn fn,
               void *opaque, struct err *err)
 {
   struct joiner j = { .fn = fn, .opaque = opaque };
   unsigned token = image_enter (img);
+  struct ahead ahead;
   int r = 0;
 
+  ahead_init (&ahead, img->file, map_l1_index (img, guest_off + len - 1) + 1, range_of_table, img);
   while (r == 0 && len > 0) {
     struct run run;
 
+    ahead_at (&ahead, map_l1_index (img, guest_off));
     r = map_lookup (img, guest_off, len, &run, NULL);
     if (r == -EIO)
       run_of_unmapped (img, guest_off, len, &run);

@@ -25,6 +25,7 @@
 #include <errno.h>
 #include <string.h>
 
+#include "dev/ahead.h"
 #include "fmt/refbits.h"
 #include "img/image-int.h"
 
@@ -34,12 +35,17 @@ load_table (struct image *img, struct err *err)
   struct refcounts *rc = &img->rc;
   CLEANUP_FREE uint8_t *raw = malloc (IO_CHUNK);
   uint64_t bytes = rc->nr_entries * 8;
+  struct ahead ahead;
 
   if (raw == NULL)
     return err_set (err, ENOMEM, "out of memory");
+  ahead_init_bytes (&ahead, img->file, rc->host_off, bytes, IO_CHUNK);
   for (uint64_t off = 0; off < bytes; off += IO_CHUNK) {
     uint64_t n = MIN (bytes - off, IO_CHUNK);
-    int r = bdev_pread_padded (img->file, raw, n, rc->host_off + off, err);
+    int r;
+
+    ahead_at (&ahead, off / IO_CHUNK);
+    r = bdev_pread_padded (img->file, raw, n, rc->host_off + off, err);
 
     if (r < 0)
       return r;

@@ -16,6 +16,7 @@
  */
 #include <errno.h>
 
+#include "dev/ahead.h"
 #include "img/image-int.h"
 
 int
@@ -145,6 +146,24 @@ read_slice (struct image *img, uint64_t sn, uint64_t l1, struct slice **ret, str
   return 0;
 }
 
+void
+tcache_announce (struct image *img, uint64_t guest_off, uint64_t len, uint64_t *last)
+{
+  uint64_t i = map_l1_index (img, guest_off);
+
+  if (!img->file->far || len == 0)
+    return;
+  for (; i <= map_l1_index (img, guest_off + len - 1) && i < img->l1_len; ++i) {
+    uint64_t host_off = map_l1 (img, i) & L1E_OFF_MASK, first = i << img->table_slices_bits;
+
+    if (i == *last)
+      continue;
+    *last = i;
+    if (host_off && slice_peek (img, MAX (guest_off >> img->slice_cover_bits, first)) == NULL)
+      ahead_hint (img->file, host_off, img->g.cluster_size);
+  }
+}
+
 static int
 load_slice (struct image *img, uint64_t sn, struct slice **ret, struct err *err)
 {
@@ -163,6 +182,8 @@ load_slice (struct image *img, uint64_t sn, struct slice **ret, struct err *err)
   if ((l1 & L1E_OFF_MASK) == 0)
     return map_check_l1 (img, l1_index, l1, err);
   r = map_check_l1 (img, l1_index, l1, err);
+  if (r == 0 && img->slice_bytes < img->g.cluster_size)         /* all the table's with one journey */
+    ahead_hint (img->file, l1 & L1E_OFF_MASK, img->g.cluster_size);
   if (r == 0)
     r = read_slice (img, sn, l1, &s, err);
   if (r < 0)

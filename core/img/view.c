@@ -9,12 +9,21 @@
  */
 #include <errno.h>
 
+#include "dev/many.h"
 #include "img/image-int.h"
 
 static int
 view_pread (struct bdev *d, void *buf, size_t len, uint64_t off, struct err *err)
 {
   return read_range (view_image (d), buf, len, off, err);
+}
+
+static int
+view_read_many (struct bdev *d, const struct bdev_range *ranges, size_t nr, bdev_many_fn fn,
+                void *opaque, struct err *err)
+{
+  return d->far ? gather_many (view_image (d), ranges, nr, fn, opaque)
+                : many_read (d, ranges, nr, fn, opaque, err);
 }
 
 static int
@@ -95,6 +104,7 @@ const struct bdev_ops image_ops = {
   .kind = "image",
   .native_fua = true,
   .pread = view_pread,
+  .read_many = view_read_many,
   .pwrite = view_pwrite,
   .zero = view_zero,
   .trim = view_trim,
