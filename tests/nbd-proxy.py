@@ -2,13 +2,14 @@
 """A line to an NBD server that misbehaves on command, and counts what passes.
 
     nbd-proxy.py --listen SOCKET --control SOCKET --far SOCKET [--log FILE]
-                 [--tcp] [--ready FILE]
+                 [--tcp] [--fifo NAME] [--ready FILE]
     nbd-proxy.py --send CONTROL-SOCKET COMMAND...
 
 Each client's connection gets one of its own to the far server.  The proxy follows the
 newstyle handshake and then requests and replies (simple and structured), so that each
 fault hits a message where it is meant to.  TLS is not offered.  --tcp listens on
-127.0.0.1, too, on a port that the command `port' tells.  --ready: its process id is
+127.0.0.1, too, on a port that the command `port' tells.  --fifo: commands are read from
+the pipe NAME.in and answered into NAME.out, too, for shells.  --ready: its process id is
 written there when it listens.
 
 Commands, one line to the control socket, answered by one line `ok ...' or `error ...':
@@ -60,8 +61,8 @@ Commands, one line to the control socket, answered by one line `ok ...' or `erro
     reset                   all numbers (but those of the present) are 0, the log is empty
     port, pid, quit
 
-Numbers: connections (made), turned-away, waiting and open (now), inflight (now), peak
-(most requests in flight at once), peak-conn (on one connection), requests of each kind
+Numbers: connections (made), turned-away, waiting and open (now), peak-open, inflight (now),
+peak (most requests in flight at once), peak-conn (on one connection), requests of each kind
 (read write flush trim cache zero status disc), read-bytes (asked for), sent-bytes
 (data that was read and passed on), written-bytes, violations (of block sizes, and
 requests that are empty or end after the export), errors (answered by the proxy),
@@ -131,14 +132,19 @@ class Numbers:
                 n["peak"] = max(n["peak"], n["inflight"])
                 n["peak-conn"] = max(n["peak-conn"], conn.inflight)
 
+    def opened(self):
+        with self.lock:
+            self.n["open"] += 1
+            self.n["peak-open"] = max(self.n["peak-open"], self.n["open"])
+
     def answered(self, conn, count=1):
         with self.lock:
             self.n["inflight"] -= count
             conn.inflight -= count
 
     def line(self):
-        keys = ["connections", "turned-away", "open", "waiting", "inflight", "peak",
-                "peak-conn"] + nbd.CMDS + ["read-bytes", "sent-bytes", "written-bytes",
+        keys = ["connections", "turned-away", "open", "waiting", "peak-open", "inflight",
+                "peak", "peak-conn"] + nbd.CMDS + ["read-bytes", "sent-bytes", "written-bytes",
                 "violations", "errors", "nonsense", "bad-status", "drops", "crashes"]
         with self.lock:
             return " ".join("%s=%d" % (k, self.n[k]) for k in keys)
@@ -796,7 +802,7 @@ class Proxy:
     def begin(self, sock, number):
         c = Connection(self, sock, number)
         self.conns.add(c)
-        self.numbers.add("open")
+        self.numbers.opened()
         threading.Thread(target=c.run, daemon=True).start()
 
     def fill_places(self):
@@ -1005,6 +1011,18 @@ def serve_control(proxy, path):
     threading.Thread(target=loop, daemon=True).start()
 
 
+def serve_fifo(proxy, name):
+    def loop():
+        # Opened for both: so that there is no end of file when a shell closes its side.
+        with open(os.open(name + ".in", os.O_RDWR)) as commands, \
+                open(os.open(name + ".out", os.O_RDWR), "w") as answers:
+            for line in commands:
+                answers.write(proxy.command(line.strip()) + "\n")
+                answers.flush()
+
+    threading.Thread(target=loop, daemon=True).start()
+
+
 def send_command(path, words):
     s = socket.socket(socket.AF_UNIX)
     s.connect(path)
@@ -1022,7 +1040,7 @@ def main():
     parser = argparse.ArgumentParser(usage=__doc__)
     for name in ("--listen", "--control", "--far"):
         parser.add_argument(name, required=True)
-    for name in ("--log", "--ready"):
+    for name in ("--log", "--ready", "--fifo"):
         parser.add_argument(name)
     parser.add_argument("--tcp", action="store_true")
     args = parser.parse_args()
@@ -1030,6 +1048,8 @@ def main():
     proxy = Proxy(args)
     proxy.listen()
     serve_control(proxy, args.control)
+    if args.fifo:
+        serve_fifo(proxy, args.fifo)
     if args.ready:
         with open(args.ready, "w") as f:
             f.write("%d\n" % os.getpid())
