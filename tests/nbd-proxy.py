@@ -52,7 +52,7 @@ Commands, one line to the control socket, answered by one line `ok ...' or `erro
     max-conns N|off         further connections are accepted, and answered when a place is
                             free
     lose-writes on|now|flush|off
-                            on: remember what writes change until a flush is answered; now:
+                            on: from now on, remember what writes change until a flush is answered; now:
                             undo that, and close all connections, as a server that crashed
                             does; flush: do it when the next flush arrives, instead
     stats                   ok KEY=NUMBER...
@@ -183,6 +183,12 @@ class Undo:
         self.on = False
         self.generations = [{}]
         self.far = self.client = None
+
+    def start(self, on):
+        with self.lock:
+            self.on = on
+            self.generations = [{}]
+            self.far = self.client = None       # the server may be another one by now
 
     def connect(self, far):
         if self.far != far:
@@ -944,9 +950,11 @@ class Proxy:
         if how == "now":
             self.crash()
         elif how == "flush":
-            self.undo.on = self.faults.crash_at_flush = True
+            if not self.undo.on:
+                self.undo.start(True)
+            self.faults.crash_at_flush = True
         else:
-            self.undo.on = on_off(how)
+            self.undo.start(on_off(how))
 
     def cmd_stats(self):
         self.numbers.sync()
