@@ -1,0 +1,74 @@
+#!/bin/bash
+# Sectors that the far side cannot read cost the guest what lies in them or behind them,
+# nothing else, and are in the report.
+. "$(dirname "$0")/../lib.sh"
+. "$tests_dir/far.sh"
+require_uri
+
+SERVE_TIMEOUT=40
+make_far_image a.qcow2
+before=$(sha256 a.qcow2)
+far_qemu a.qcow2 || exit 1
+proxy_start || exit 1
+
+# covers FILE SPACE OFFSET: an object in the report has a range with this byte.
+covers ()
+{
+  jq -e --arg s "$2" --argjson o "$3" \
+    '[.. | objects | select(.[$s + "-offset"] != null)
+         | select(.[$s + "-offset"] <= $o and $o < .[$s + "-offset"] + (.[$s + "-length"] // 1))] | length > 0' \
+    "$1" >/dev/null || { jq -c '[.findings, .lost, .["read-errors"]]' "$1"; return 1; }
+}
+
+# fails_exactly NAME RUNS: `OFF LEN,OFF LEN': what the guest cannot read; the rest is right.
+fails_exactly ()
+{
+  nbd_do "$server_uri" "scan 1048576 a.qcow2.raw 512" >scan
+  is "$1: what fails, and no more" "$(sed -n 's/^failed //p' scan | paste -s -d ,)" "$2"
+  ok "$1: the rest is right" grep -q '^ok .*wrong=0' scan
+}
+
+report_says ()  # NAME SPACE OFFSET
+{
+  ok "$1: export report.json" nbdcopy "nbd+unix:///report.json?socket=$PWD/s.sock" export.json
+  ok "$1: it is told there" covers export.json "$2" "$3"
+  server_stop
+  is "$1: ends well" "$(cat s.exit)" 0
+  ok "$1: and in the file" covers report.json "$2" "$3"
+  ok "$1: and in the messages" named_after 0 s.log
+}
+
+# In guest data: two sectors of one cluster, one at the end of another.
+host=$(($(patch a.qcow2 host 100) * 65536))
+last=$(($(patch a.qcow2 host 710) * 65536))
+proxy error $((host + 0x1200)) 1024; proxy error $((last + 65535)) 1
+ok "guest data: starts" server_start s uri="$proxy_uri" report=report.json
+fails_exactly "guest data" "6558208 1024,46595584 512"
+ok "guest data: reads beside it, in one request" answers "ok,error EIO,ok" "$server_uri" \
+  "read 6553600 4608 a.qcow2.raw" "read 6553600 65536" "read 6559232 60928 a.qcow2.raw"
+report_says "guest data" guest 6558208
+proxy error off
+
+# In the L2 table: each sector has the entries of 4 MiB.
+l2=$(($(patch a.qcow2 l1 0) & 0x00fffffffffffe00))
+proxy error $((l2 + 1024)) 1
+ok "L2 table: starts" server_start s uri="$proxy_uri" report=report.json
+fails_exactly "L2 table" "8388608 4194304"
+report_says "L2 table" guest 8388608
+# It was a cable: the next start finds all of it.
+proxy error off
+ok "no longer: all is right" serve uri="$proxy_uri" report=report.json --run "$copy_out; cmp out.raw a.qcow2.raw"
+ok "no longer: and sound" jq -e .sound report.json
+
+# In what only the check reads: nothing is lost.
+proxy error "$(patch a.qcow2 get refcount_table_offset)" 512
+ok "refcount table: all is right" serve uri="$proxy_uri" report=report.json --run "$copy_out; cmp out.raw a.qcow2.raw"
+ok "refcount table: it is told" report_has R17
+proxy error off
+# The header: refused, and said why.
+proxy error 0 512
+ok "header: refused" within 20 not serve uri="$proxy_uri" --run true
+ok "header: a message names it" named_after 0 err.log
+is "the image is as it was" "$(sha256 a.qcow2)" "$before"
+
+done_testing

@@ -1,0 +1,67 @@
+#!/bin/bash
+# A far side that comes back with another size is another image: EIO, never a byte of it,
+# and a message with both sizes; when the old one is back, it is used again.
+. "$(dirname "$0")/../lib.sh"
+. "$tests_dir/far.sh"
+require_uri
+
+SERVE_TIMEOUT=40
+make_far_image a.qcow2
+# Another image, with other bytes in the same places, and larger.
+SEED=$((SEED + 7)) make_far_image b.qcow2
+truncate -s +1M b.qcow2
+far_qemu a.qcow2 || exit 1
+right=$far_sock
+far_sock=$tmp/other.sock
+far_qemu b.qcow2 || exit 1
+far_sock=$right
+proxy_start || exit 1
+a_size=$(stat -c %s a.qcow2)
+b_size=$(stat -c %s b.qcow2)
+
+# size_in FILE BYTES: as a number of bytes, or in the unit that people would choose.
+size_in ()
+{
+  grep -E -q "(^|[^0-9])($2|$(($2 / 1024)) KiB|$(printf '0x%x' "$2"))([^0-9a-f]|\$)" "$1"
+}
+
+# other NAME SIZE UNDO: the line was set to something else.
+other ()
+{
+  local name=$1 size=$2
+
+  lines=$(lines_of s.log)
+  proxy drop
+  ok "$name: EIO" within 20 answers "error EIO" "$server_uri" "read $at 65536"
+  ok "$name: again" within 20 answers "error EIO" "$server_uri" "read $((at + 1000000)) 65536"
+  ok "$name: no byte of another" right_or_eio "$server_uri" "read 100 65536 a.qcow2.raw" "read 46000000 1000 a.qcow2.raw"
+  tail -n "+$((lines + 1))" s.log >new.log
+  ok "$name: a message names the size that was" size_in new.log "$a_size"
+  ok "$name: and the one that is" size_in new.log "$size"
+}
+
+back ()         # NAME
+{
+  proxy drop
+  ok "$1: the old one is back" within 20 answers "ok" "$server_uri" "read $at 65536 a.qcow2.raw"
+  at=$((at + 4000000))
+}
+
+at=3000000
+ok "starts" server_start s uri="$proxy_uri" reconnect=1 || exit 1
+ok "reads" answers "ok" "$server_uri" "read 0 65536 a.qcow2.raw"
+for size in $((a_size / 2 / 65536 * 65536)) $((a_size - 65536)) $((a_size + 65536)) 0; do
+  proxy size $size
+  other "size $size" $size
+  proxy size off
+  back "size $size"
+done
+proxy backend "$tmp/other.sock"
+other "another image" "$b_size"
+proxy backend "$right"
+back "another image"
+ok "all of it" answers "ok right=67108864 failed=0 wrong=0" "$server_uri" "scan 1048576 a.qcow2.raw"
+server_stop
+is "ends well" "$(cat s.exit)" 0
+
+done_testing
