@@ -51,6 +51,7 @@ look (const char *path, enum found *found, struct err *err)
   static const enum found of_state[] = {
     [OVERLAY_PLAIN] = FOUND_PLAIN, [OVERLAY_COMMITTING] = FOUND_COMMITTING,
     [OVERLAY_DONE] = FOUND_DONE,
+    [OVERLAY_CACHE] = FOUND_PLAIN,      /* none of ours: whoever lays it is told */
   };
   struct fingerprint f;
   struct bdev *file;

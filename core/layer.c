@@ -13,6 +13,7 @@
 #include "base/cleanup.h"
 #include "base/num.h"
 #include "dev/file.h"
+#include "heal/cache-file.h"
 #include "heal/overlay.h"
 #include "layer.h"
 
@@ -47,6 +48,21 @@ layer_open (struct layer *l, const char *path, bool from_image,
     return r;
   l->source = bdev_ref (l->watch);
   l->healed = bdev_ref (l->source);
+  return 0;
+}
+
+int
+layer_keep (struct layer *l, const char *path, struct err *err)
+{
+  struct bdev *cache;
+  int r = cache_file_open (path, l->source, l->path, &cache, err);
+
+  if (r < 0)
+    return r;
+  bdev_unref (l->source);
+  bdev_unref (l->healed);
+  l->source = cache;
+  l->healed = bdev_ref (cache);
   return 0;
 }
 

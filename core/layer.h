@@ -42,6 +42,9 @@ int layer_open (struct layer *l, const char *path, bool from_image,
                 const struct source_options *opts, struct err *err);
 void layer_reset (struct layer *l);
 
+/* Keep what is read from the source in the file at path: see heal/cache-file.h. */
+int layer_keep (struct layer *l, const char *path, struct err *err);
+
 /* Check l->healed into l->before.  -ENOTCONN if the source could not be reached meanwhile: what
  * was found then is not believed, here and in layer_heal.
  */

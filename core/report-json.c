@@ -238,6 +238,7 @@ json_stack (FILE *fp, const struct stack *s)
   json_string_if (fp, "data-overlay", s->data_overlay);
   json_committed (fp, &s->inplace);
   json_chain (fp, s);
+  report_read_errors_json (fp, s);
   fprintf (fp, ",\n  \"live\": %s", s->live ? "true" : "false");
   fprintf (fp, ",\n  \"served\": \"%s\"",
            !s->guest ? "no" : s->writable ? "read-write" : "read-only");

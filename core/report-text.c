@@ -254,6 +254,7 @@ text_tail (FILE *fp, const struct stack *s)
     text_orphans (fp, &s->top);
   }
   text_chain (fp, s);
+  report_read_errors_text (fp, s);
   text_committed (fp, &s->inplace);
   text_verdict (fp, s);
 }

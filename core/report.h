@@ -18,4 +18,10 @@ int report_write_json (FILE *fp, const struct stack *s, const struct err *failur
  */
 void report_write_text (FILE *fp, const struct stack *s);
 
+/* What could not be read so far: a member of the JSON report, if there is anything; and a line
+ * each for people (false: there is nothing).
+ */
+void report_read_errors_json (FILE *fp, const struct stack *s);
+bool report_read_errors_text (FILE *fp, const struct stack *s);
+
 #endif /* QR_REPORT_H */

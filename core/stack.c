@@ -357,6 +357,8 @@ build (struct stack *s, const struct stack_options *opts, struct err *err)
   bool created;
   int r = layer_open (&s->top, opts->file, false, &opts->source, err);
 
+  if (r == 0 && opts->cache)
+    r = layer_keep (&s->top, opts->cache, err);
   s->top.keep_orphans = opts->inplace && !opts->discard_orphans;
   if (r == 0)
     r = inplace_begin (s, opts->progress, err);

@@ -19,6 +19,7 @@ enum stack_check {
 struct stack_options {
   const char *file;             /* path of the image, or the URI of an NBD export */
   const char *overlay;          /* path, or NULL */
+  const char *cache;            /* path of a file that keeps what is read from the image; or NULL */
   bool inplace;                 /* write repairs, and the overlay, into the image */
   bool discard_orphans;         /* in place: free also what may be lost data */
   enum repair_level repair;

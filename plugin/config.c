@@ -36,7 +36,7 @@ struct config config = {
 
 enum {
   P_FILE, P_REPAIR, P_OVERLAY, P_INPLACE, P_DISCARD_ORPHANS, P_SNAPSHOT, P_BACKING, P_DATA_FILE,
-  P_REPORT, P_CHECK, P_CACHE_SIZE, P_FORCE_SHARE, P_LOST, P_URI, P_TIMEOUT, P_RECONNECT,
+  P_REPORT, P_CHECK, P_CACHE_SIZE, P_FORCE_SHARE, P_LOST, P_URI, P_CACHE, P_TIMEOUT, P_RECONNECT,
   NR_PARAMS
 };
 
@@ -73,6 +73,7 @@ static struct param {
   [P_FORCE_SHARE] = { "force-share", parse_force_share },
   [P_LOST]        = { "lost", parse_lost },
   [P_URI]         = { "uri", parse_uri },
+  [P_CACHE]       = { "cache" },
   [P_TIMEOUT]     = { "timeout", parse_timeout },
   [P_RECONNECT]   = { "reconnect", parse_reconnect },
 };
@@ -105,6 +106,7 @@ const char config_help[] =
   "cache-size=SIZE            memory for L2 tables and refcount blocks (default 16M)\n"
   "force-share=true|false     open IMAGE although another program uses it; read-only\n"
   "lost=zero|error            how lost ranges of the guest disk read (default zero)\n"
+  "cache=FILE                 keep what is read from the image in FILE, and never read it twice\n"
   "timeout=SECONDS            a far server that is silent for so long is lost (default 30)\n"
   "reconnect=SECONDS          how long a lost one is looked for before reads fail (default 60)";
 
@@ -502,6 +504,9 @@ refuse_contradictions (void)
                    "else may be writing, it was checked, and its active disk is what is served; "
                    "leave out one of them", o->source.force_share ? "force-share=true"
                    : o->check == STACK_CHECK_NO ? "check=false" : "snapshot=");
+  if (o->inplace && params[P_CACHE].value)
+    return refuse ("inplace=true and cache= exclude each other: what is kept of the image must not "
+                   "change; leave out one of them");
   if (o->discard_orphans && !o->inplace)
     return refuse ("discard-orphans=true is about the image itself, which only inplace=true writes to; "
                    "add that, or leave it out");
@@ -529,10 +534,17 @@ config_complete (void)
     return -1;
   if (params[P_OVERLAY].value && resolve_new (P_OVERLAY, &o->overlay) == -1)
     return -1;
+  if (params[P_CACHE].value && resolve_new (P_CACHE, &o->cache) == -1)
+    return -1;
   if (params[P_REPORT].value && resolve_report () == -1)
     return -1;
   if (refuse_same (P_FILE, o->file, P_OVERLAY, o->overlay) == -1 ||
       refuse_same (P_FILE, o->file, P_REPORT, config.report) == -1 ||
+      refuse_same (P_FILE, o->file, P_CACHE, o->cache) == -1 ||
+      refuse_same (P_OVERLAY, o->overlay, P_CACHE, o->cache) == -1 ||
+      refuse_same (P_CACHE, o->cache, P_REPORT, config.report) == -1 ||
+      refuse_same (P_BACKING, o->backing.path, P_CACHE, o->cache) == -1 ||
+      refuse_same (P_DATA_FILE, o->data_file.path, P_CACHE, o->cache) == -1 ||
       refuse_same (P_OVERLAY, o->overlay, P_REPORT, config.report) == -1 ||
       refuse_same (P_BACKING, o->backing.path, P_OVERLAY, o->overlay) == -1 ||
       refuse_same (P_BACKING, o->backing.path, P_REPORT, config.report) == -1 ||
@@ -548,6 +560,7 @@ config_reset (void)
 {
   free ((char *) config.stack.file);
   free ((char *) config.stack.overlay);
+  free ((char *) config.stack.cache);
   free ((char *) config.backing);
   free ((char *) config.data_file);
   free (config.report);

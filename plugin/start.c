@@ -11,6 +11,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "base/cleanup.h"
 #include "plugin/config.h"
 #include "plugin/plugin.h"
 #include "dev/nbd.h"
@@ -112,6 +113,26 @@ start (void)
   return 0;
 }
 
+/* What could not be read of it is known now, and was not when the report was written. */
+static void
+tell_read_errors (void)
+{
+  struct err err = { 0 };
+  CLEANUP_FREE char *text = NULL;
+  size_t len;
+  FILE *fp = open_memstream (&text, &len);
+  bool any = fp && report_read_errors_text (fp, served);
+
+  if (fp)
+    fclose (fp);
+  if (!any)
+    return;
+  for (char *line = text, *end; line && (end = strchr (line, '\n')); line = end + 1)
+    nbdkit_error ("%s: %.*s", served->top.path, (int) (end - line), line);
+  if (config.report && report_file_write (config.report, served, NULL, &err) < 0)
+    nbdkit_error ("%s", err.msg);
+}
+
 void
 stop (void)
 {
@@ -121,6 +142,7 @@ stop (void)
   if (!served)
     return;
   io_stop ();
+  tell_read_errors ();
   exports_close_all ();
   r = stack_close (served, &err);
   served = NULL;

@@ -46,6 +46,8 @@ piece_read (void *opaque, size_t i, const void *buf, int r, const struct err *wh
     memcpy (p->load->buf + p->off, buf, MIN (PIECE_BYTES, p->load->len - p->off));
     return 0;
   }
+  if (r == -ENOTCONN)
+    return r;                   /* out of reach: that says nothing about the table */
   LOCK_SCOPE (&l->lock);
   p->load->r = r;
   return 0;
@@ -116,6 +118,12 @@ span_read (void *opaque, size_t i, const void *buf, int r, const struct err *why
 
   if (progress_cancelled (rd->k->progress))
     return -ECANCELED;
+  if (r == -ENOTCONN) {
+    LOCK_SCOPE (&rd->lock);
+    if (rd->why.code == 0)
+      rd->why = *why;
+    return r;                   /* out of reach: that says nothing about the tables */
+  }
   if (r < 0 && s->nr > 1) {
     LOCK_SCOPE (&rd->lock);
     return span_vec_push (&rd->retry, *s);

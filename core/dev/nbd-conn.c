@@ -3,7 +3,7 @@
  * Life: connecting, then verifying, ready, lost.  All without blocking but for the first one,
  * which whoever opens the device waits for.  Every later connection must lead to the same
  * export: of the same size, as writable, and (as long as nothing was written from here) with the
- * same first bytes; else the device is dead for good, since bytes of two disks mixed would be
+ * same first bytes.  Another one counts as none at all, since bytes of two disks mixed would be
  * worse than none.
  *
  * A connection that owes answers and has given no sign of life for the timeout is lost, and so is
@@ -133,9 +133,12 @@ compare_facts (struct nbd *n, const struct nbd_facts *f)
 static void
 refuse_other_export (struct nbd *n, const char *why)
 {
-  log_notice ("%s: connected again, but it is not the same disk any more: %s.  Nothing more is read "
-              "from it; start again once the right one is there", n->d.name, why);
+  if (!n->other_export)
+    log_notice ("%s: what answers there now is not the same disk: %s.  Nothing is read from it; it is "
+                "tried again, until the right one is back", n->d.name, why);
   n->other_export = true;
+  if (why != n->why)
+    snprintf (n->why, sizeof n->why, "%s", why);
 }
 
 static int
@@ -175,7 +178,7 @@ become_ready (struct nbd_conn *c, uint64_t now)
   n->next_extra_ms = 0;
   if (n->lost)
     log_notice ("%s: connected again", n->d.name);
-  n->lost = n->gone = false;
+  n->lost = n->gone = n->other_export = false;
   n->lost_ms = 0;
   n->attempts = 0;
 }
@@ -306,6 +309,11 @@ completed (void *opaque, int *error)
   n->pause_ms = 0;
   c->answered_ms = MAX (c->answered_ms, req->sent_ms);
   req->result = -*error;
+  /* libnbd sees to it that no part is outside the request, not that all of it is there. */
+  if (*error == 0 && req->op == NBD_READ && req->covered != req->len) {
+    req->result = -EPROTO;
+    c->leaving = true;
+  }
   if (*error == 0 && is_change (req->op)) {
     c->last_change = ++n->changes;
     if (req->flags & LIBNBD_CMD_FLAG_FUA && n->flushed == n->changes - 1)
@@ -318,6 +326,17 @@ completed (void *opaque, int *error)
   }
   nbd_list_push (&n->finished, req);
   return 1;
+}
+
+/* A part of the answer to a read has arrived. */
+static int
+chunk_came (void *opaque, const void *part, size_t len, uint64_t off, unsigned status, int *error)
+{
+  struct nbd_request *req = opaque;
+
+  if (status != LIBNBD_READ_ERROR)
+    req->covered += len;
+  return 0;
 }
 
 /* Extents as the server tells them: pairs of length and flags, from req->off on.  What it says
@@ -349,10 +368,11 @@ issue (struct nbd_handle *h, struct nbd_request *req)
 {
   nbd_completion_callback cb = { .callback = completed, .user_data = req };
   nbd_extent_callback extent = { .callback = tell_extents, .user_data = req };
+  nbd_chunk_callback chunk = { .callback = chunk_came, .user_data = req };
 
   switch (req->op) {
   case NBD_READ:
-    return nbd_aio_pread (h, req->buf, req->len, req->off, cb, req->flags);
+    return nbd_aio_pread_structured (h, req->buf, req->len, req->off, chunk, cb, req->flags);
   case NBD_WRITE:
     return nbd_aio_pwrite (h, req->buf, req->len, req->off, cb, req->flags);
   case NBD_ZERO:
@@ -376,6 +396,7 @@ nbd_conn_send (struct nbd_conn *c, struct nbd_request *req, uint64_t now)
     c->heard_ms = now;
   req->conn = c;
   req->sent_ms = now;
+  req->covered = 0;
   req->change = n->changes;
   nbd_list_push (&c->requests, req);
   c->nr++;
@@ -395,20 +416,21 @@ nbd_conn_send (struct nbd_conn *c, struct nbd_request *req, uint64_t now)
 
 /* --- the end */
 
-/* It was in flight: once more, or not. */
-static void
-recover (struct nbd *n, struct nbd_request *req)
+void
+nbd_recover (struct nbd *n, struct nbd_request *req)
 {
-  off_connection (req);
   if (is_change (req->op) || (req->op == NBD_FLUSH && n->lost_changes)) {
     nbd_finish (n, req, req->op == NBD_FLUSH ? -EIO : -ENOTCONN);
     return;
   }
   if (++req->losses == 2)
     n->nr_suspects++;
-  if (req->losses >= MAX_LOSSES) {
-    log_notice ("%s: it has broken off %u times while it was asked for %" PRIu64 " bytes at byte %"
-                PRIu64 ": that fails", n->d.name, req->losses, req->len, req->off);
+  if (req->losses >= (n->distrust ? 1 : MAX_LOSSES)) {
+    if (!n->distrust)
+      log_notice ("%s: it has broken off %u times while it was asked for %" PRIu64 " bytes at byte %"
+                  PRIu64 ": that fails, and so does all else until it answers again", n->d.name,
+                  req->losses, req->len, req->off);
+    n->distrust = true;
     nbd_finish (n, req, -ENOTCONN);
     return;
   }
@@ -428,7 +450,7 @@ any_ready (const struct nbd *n)
 static void
 announce_loss (struct nbd *n, bool was_ready)
 {
-  if (!was_ready || any_ready (n) || n->lost || n->other_export)
+  if (!was_ready || any_ready (n) || n->lost)
     return;
   n->lost = true;
   log_notice ("%s: the connection was lost (%s); trying to connect again", n->d.name, n->why);
@@ -455,8 +477,12 @@ nbd_conn_lose (struct nbd_conn *c, uint64_t now, const char *why)
   if (c->last_change > n->flushed)
     n->lost_changes = true;
   announce_loss (n, was_ready);
-  while (c->requests.head)
-    recover (n, c->requests.head);
+  while (c->requests.head) {
+    struct nbd_request *req = c->requests.head;
+
+    off_connection (req);
+    nbd_recover (n, req);
+  }
 }
 
 void

@@ -50,6 +50,7 @@ struct nbd_request {
   unsigned losses;              /* connections that were lost with it in flight */
   uint64_t sent_ms;
   uint64_t change;              /* NBD_FLUSH: the last change it covers */
+  uint64_t covered;             /* NBD_READ: bytes that the answer had */
 };
 
 struct nbd_list {
@@ -134,7 +135,8 @@ struct nbd {
   uint64_t next_attempt_ms, pause_ms;
   uint64_t next_extra_ms;       /* no further connection is tried before */
   bool gone;                    /* given up, until somebody asks again */
-  bool other_export;            /* what answers now is another disk: never again */
+  bool other_export;            /* what answered last is another disk, and the operator was told */
+  bool distrust;                /* a request was given up, and none was answered since */
   char why[256];                /* the last thing that went wrong with a connection */
 };
 
@@ -173,6 +175,9 @@ bool nbd_conn_send (struct nbd_conn *c, struct nbd_request *req, uint64_t now);
 
 /* Close it.  What was in flight is sent again or fails. */
 void nbd_conn_lose (struct nbd_conn *c, uint64_t now, const char *why);
+
+/* It was in flight on a connection that is not to be trusted any more: once more, or not. */
+void nbd_recover (struct nbd *n, struct nbd_request *req);
 
 /* Connect the first time, waiting for it, and learn the facts. */
 int nbd_conn_first (struct nbd *n, struct err *err);

@@ -11,7 +11,8 @@
  *
  * A request that was in flight when a connection was lost twice is a suspect: perhaps the server
  * breaks off because of it.  While there are suspects one request is in flight at a time, so
- * that the innocent get through; at the fourth loss it fails.
+ * that the innocent get through; at the fourth loss it fails.  After that, until something
+ * is answered, others fail at the first.
  *
  * Invariants: none of its own.  A change is never sent twice (nbd-conn.c).
  */
@@ -80,6 +81,8 @@ nbd_finish (struct nbd *n, struct nbd_request *req, int r)
 {
   if (req->losses >= 2)
     n->nr_suspects--;
+  if (r != -ENOTCONN)
+    n->distrust = false;
   req->result = r;
   req->done (req);
   retire (n);
@@ -149,10 +152,6 @@ give_up (struct nbd *n)
 static void
 look_again (struct nbd *n, uint64_t now)
 {
-  if (n->other_export) {
-    fail_pending (n, -ENOTCONN);
-    return;
-  }
   if (n->lost_ms == 0)
     n->lost_ms = now;
   if (connecting (n))
@@ -241,7 +240,10 @@ settle (struct nbd *n)
 
   while ((req = n->finished.head)) {
     nbd_list_remove (&n->finished, req);
-    nbd_finish (n, req, req->result);
+    if (req->result == -EPROTO)
+      nbd_recover (n, req);
+    else
+      nbd_finish (n, req, req->result);
   }
 }
 

@@ -395,19 +395,23 @@ nbd_new (const char *uri, const struct nbd_options *opts, struct nbd **ret, stru
   return 0;
 }
 
-/* The first bytes, by which it is known again. */
-static void
-remember_head (struct nbd *n)
+/* The first bytes, by which it is known again.  -ENOTCONN: it takes requests, but does not answer. */
+static int
+remember_head (struct nbd *n, struct err *err)
 {
   uint64_t len = MIN (MAX ((uint64_t) n->facts.minimum, (uint64_t) NBD_HEAD), n->facts.size);
   uint8_t *head = malloc (len + 1);
+  int r = head ? 0 : -ENOMEM;
 
-  if (head && len > 0 && read_blocks (n, head, len, 0) == 0) {
+  if (r == 0 && len > 0)
+    r = read_blocks (n, head, len, 0);
+  if (r == 0 && len > 0) {
     n->head_len = len;
     n->head = head;             /* seen by the I/O thread with the next request */
+    return 0;
   }
-  else
-    free (head);
+  free (head);
+  return r == -ENOTCONN ? fail (n, r, "read", len, 0, err) : 0;
 }
 
 int
@@ -426,7 +430,11 @@ nbd_open (const char *uri, const struct nbd_options *opts, struct bdev **ret, st
   atomic_store (&n->d.size, n->facts.size);
   n->max_piece = MAX (MIN (n->facts.maximum, NBD_MAX_PIECE) / n->facts.minimum * n->facts.minimum,
                       (uint64_t) n->facts.minimum);
-  remember_head (n);
+  r = remember_head (n, err);
+  if (r < 0) {
+    bdev_unref (&n->d);
+    return r;
+  }
   {
     LOCK_SCOPE (&all_lock);
     n->next = all;

@@ -47,7 +47,7 @@ decode (const uint8_t buf[FINGERPRINT_LENGTH], struct fingerprint *f)
   f->edges_crc = load_be32 (buf + 28);
   f->samples_crc = load_be32 (buf + 32);
   f->state = (enum overlay_state) state;
-  return version >= VERSION_PLAIN && version <= VERSION_STATE && state <= OVERLAY_DONE;
+  return version >= VERSION_PLAIN && version <= VERSION_STATE && state <= OVERLAY_CACHE;
 }
 
 /* --- taking it */
@@ -237,6 +237,12 @@ int
 fingerprint_refuse_state (const struct fingerprint *f, const char *path, const char *source,
                           struct err *err)
 {
+  if (f->state == OVERLAY_PLAIN)
+    return err_set (err, EINVAL, "%s: this is an overlay, and no cache of what was read from %s.  Name "
+                    "it with overlay=, and a file that does not exist yet with cache=", path, source);
+  if (f->state == OVERLAY_CACHE)
+    return err_set (err, EINVAL, "%s: this is a cache of what was read from %s, and no overlay.  Name it "
+                    "with cache=, and a file that does not exist yet with overlay=", path, source);
   if (f->state == OVERLAY_COMMITTING)
     return err_set (err, EINVAL, "%s: this overlay is being written into %s, which was cut off: "
                     "only both together are whole.  Add inplace=true to finish that", path, source);

@@ -29,6 +29,7 @@ enum overlay_state {
   OVERLAY_PLAIN,                /* the source is as it was */
   OVERLAY_COMMITTING,           /* the source may hold any part of the overlay's bytes */
   OVERLAY_DONE,                 /* the source holds them all, durably */
+  OVERLAY_CACHE,                /* no overlay: it holds bytes of the source, unchanged */
 };
 
 struct fingerprint {
@@ -59,7 +60,7 @@ int fingerprint_read (struct bdev *file, struct fingerprint *f, uint64_t *host_o
 int fingerprint_compare (const struct fingerprint *then, const struct fingerprint *now,
                          const char *path, const char *source, struct err *err);
 
-/* Always -EINVAL: an overlay in that state cannot be laid over anything. */
+/* Always -EINVAL: a file in that state is not what it was named as (overlay or cache). */
 int fingerprint_refuse_state (const struct fingerprint *f, const char *path, const char *source,
                               struct err *err);
 

@@ -8,10 +8,6 @@
  * ends in the same bytes.  What is equal already is not written, so that thin
  * volumes stay thin; except in a second copy: after a write-back that failed, the
  * kernel's cache may show bytes that the disk never got.
- *
- * What the overlay itself holds, as opposed to what it shows of the source, is
- * found out by looking at it over a device that calls all its bytes "a hole
- * that does not read as zeros", which no other device says.
  */
 #include <errno.h>
 #include <inttypes.h>
@@ -91,56 +87,6 @@ journal_accept (struct bdev *file, struct bdev *source, struct bdev **healed,
     *healed = d;
   else
     bdev_unref (d);
-  return r;
-}
-
-/* --- what the overlay holds */
-
-static int
-marker_pread (struct bdev *d, void *buf, size_t len, uint64_t off, struct err *err)
-{
-  return err_set (err, EIO, "%s: it has no bytes", d->name);
-}
-
-static int
-marker_extents (struct bdev *d, uint64_t off, uint64_t len, bdev_extent_fn fn, void *opaque,
-                struct err *err)
-{
-  return fn (opaque, off, len, BDEV_HOLE);
-}
-
-static void
-marker_close (struct bdev *d)
-{
-  free (d);
-}
-
-static const struct bdev_ops marker_ops = {
-  .kind = "marker",
-  .pread = marker_pread,
-  .extents = marker_extents,
-  .close = marker_close,
-};
-
-/* The overlay over nothing: *ret tells what comes from the source as BDEV_HOLE alone. */
-static int
-open_alone (struct bdev *file, struct bdev **ret, struct err *err)
-{
-  struct bdev *marker = calloc (1, sizeof *marker);
-  struct image_options opts = { .read_only = true };
-  int r;
-
-  if (!marker)
-    return err_set (err, ENOMEM, "out of memory");
-  r = bdev_init (marker, &marker_ops, "what the overlay does not hold", INT64_MAX, false, false,
-                 err);
-  if (r < 0) {
-    free (marker);
-    return r;
-  }
-  opts.backing = marker;
-  r = image_open (file, &opts, ret, err);
-  bdev_unref (marker);
   return r;
 }
 
@@ -285,7 +231,6 @@ static int
 copy_all (struct copy *c, struct bdev *file, struct err *err)
 {
   uint64_t size = bdev_size (c->healed);
-  struct bdev *alone = NULL;
   int r = 0;
 
   c->res->old_size = bdev_size (c->source);
@@ -293,12 +238,9 @@ copy_all (struct copy *c, struct bdev *file, struct err *err)
     r = bdev_resize (c->source, size, err);
   c->res->new_size = bdev_size (c->source);
   if (r == 0)
-    r = open_alone (file, &alone, err);
-  if (r == 0)
-    r = bdev_extents (alone, 0, size, add_extent, c, err);
+    r = overlay_extents (file, size, add_extent, c, err);
   if (r == 0)
     r = copy_list (c);
-  bdev_unref (alone);
   return r < 0 ? r : bdev_flush (c->source, err);
 }
 

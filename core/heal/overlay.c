@@ -30,8 +30,6 @@
 #include "heal/overlay.h"
 #include "img/image.h"
 
-#define OVERLAY_CLUSTER_BITS 16
-
 /* --- making one */
 
 /* A header name that QEMU takes for a plain file, from wherever it is started:
@@ -66,6 +64,7 @@ create_on (struct bdev *file, struct bdev *source, const struct overlay_options 
 {
   uint8_t ext[FINGERPRINT_LENGTH];
   struct fingerprint f = { .state = OVERLAY_PLAIN };
+  enum overlay_state state = opts->cache ? OVERLAY_CACHE : OVERLAY_PLAIN;
   struct image_params p = {
     .version = 3, .cluster_bits = OVERLAY_CLUSTER_BITS, .refcount_order = 4,
     /* QEMU counts disks in sectors of 512 bytes. */
@@ -77,6 +76,7 @@ create_on (struct bdev *file, struct bdev *source, const struct overlay_options 
 
   if (name) {
     r = fingerprint_of_source (source, &f, err);
+    f.state = state;
     fingerprint_encode (&f, ext);
     p.private_ext_type = FINGERPRINT_EXT;
     p.private_ext = ext;
@@ -164,13 +164,14 @@ judge_soundness (struct bdev *file, struct err *err)
 
 /* Is the file a sound overlay made for source? */
 static int
-judge_existing (struct bdev *file, struct bdev *source, struct err *err)
+judge_existing (struct bdev *file, struct bdev *source, const struct overlay_options *opts,
+                struct err *err)
 {
   struct fingerprint then, now;
   uint64_t host_off;
   int r = fingerprint_read (file, &then, &host_off, err);
 
-  if (r == 0 && then.state != OVERLAY_PLAIN)
+  if (r == 0 && then.state != (opts->cache ? OVERLAY_CACHE : OVERLAY_PLAIN))
     r = fingerprint_refuse_state (&then, file->name, source->name, err);
   if (r == 0)
     r = fingerprint_of_source (source, &now, err);
@@ -212,7 +213,7 @@ overlay_open (const char *path, struct bdev *source, const struct overlay_option
   if (r == 0)
     *created = absent;
   if (r == 0 && !absent)
-    r = judge_existing (file, source, err);
+    r = judge_existing (file, source, opts, err);
   if (r == 0)
     r = compose (file, source, opts, healed, err);
   if (r == 0 && opts->file)

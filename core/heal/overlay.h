@@ -7,6 +7,8 @@
 
 #include "dev/bdev.h"
 
+#define OVERLAY_CLUSTER_BITS 16
+
 struct overlay_options {
   const char *source_path;      /* recorded as the backing file name; may be the URI of an export */
   uint64_t max_size;            /* bytes the healed file may ever need */
@@ -14,6 +16,7 @@ struct overlay_options {
   bool direct;                  /* make it under its own name at once: nobody else can be making
                                    it, and a part of one (fingerprint_read: -ENODATA) is known
                                    for what it is */
+  bool cache;                   /* it holds the source's own bytes: see cache-file.h */
   struct bdev **file;           /* if not NULL: gets a reference to the overlay's own file */
 };
 
@@ -31,6 +34,12 @@ int overlay_open (const char *path, struct bdev *source, const struct overlay_op
  */
 int overlay_reopen (struct bdev *file, struct bdev *source, struct bdev **healed,
                     struct err *err);
+
+/* Tell what the overlay in file holds itself, up to size bytes: all that comes from its source is
+ * BDEV_HOLE alone.
+ */
+int overlay_extents (struct bdev *file, uint64_t size, bdev_extent_fn fn, void *opaque,
+                     struct err *err);
 
 /* The same in RAM, gone with the last reference. */
 int overlay_in_memory (struct bdev *source, const struct overlay_options *opts,

@@ -54,6 +54,7 @@ enum {
 struct slice {
   /* constant */
   uint64_t sn;
+  bool torn;                    /* parts of it could not be read: it is never changed */
   /* changed under state_lock, read anywhere */
   atomic_uint state;
   /* a hint for eviction, anybody's */
@@ -265,6 +266,9 @@ int regions_move_rt_locked (struct image *img, uint64_t host_off, uint64_t len);
 
 int tcache_init (struct image *img, size_t cache_bytes, struct err *err);
 void tcache_free (struct image *img);
+
+/* Stands in a slice for entries that could not be read: reserved bits that none can have. */
+#define ENTRY_UNREAD UINT64_C (0x3f000000000001fe)
 
 /* The slice sn, from RAM or from disk; *ret = NULL if there is no L2 table.
  * In a grace section.  -EIO if the L1 entry can't be right.

@@ -85,6 +85,9 @@ check_entry (struct image *img, uint64_t guest_off, struct l2_pair p, struct err
   bool has_host = l2_has_host (p.raw, &img->g);
   const char *why = NULL;
 
+  if (p.raw == ENTRY_UNREAD)
+    return err_set (err, EIO, "%s: the cluster at guest offset 0x%llx: its L2 entry cannot be read",
+                    img->view.name, ULL (guest_off));
   if (e.kind == CLUSTER_COMPRESSED)
     why = judge_compressed (img, &e);
   else if (e.reserved || (img->g.version < 3 && (p.raw & L2E_ZERO)))
@@ -315,6 +318,9 @@ map_update (struct image *img, uint64_t guest_off, unsigned n, const struct l2_p
     if (r < 0)
       return r;
     assert (s);                 /* map_ensure_table */
+    if (s->torn)
+      return err_set (err, EIO, "%s: the L2 table of guest offset 0x%llx cannot be read as a whole, so "
+                      "it is not changed", img->view.name, ULL (guest_off));
     LOCK_SCOPE (&img->state_lock);
     if (slice_peek (img, sn) != s)
       continue;                 /* evicted since: a change to it would be lost */

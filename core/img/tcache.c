@@ -111,6 +111,29 @@ evict_locked (struct image *img, const struct slice *keep)
   }
 }
 
+#define SECTOR 512
+
+/* A slice that cannot be read as a whole, sector by sector: entries in bad ones are ENTRY_UNREAD, and
+ * cost no more than what they map.  false: none can be read.
+ */
+static bool
+read_sectors (struct image *img, uint8_t *raw, uint64_t host_off)
+{
+  unsigned good = 0;
+
+  for (size_t at = 0; at < img->slice_bytes; at += SECTOR) {
+    struct err why = { 0 };
+    int r = bdev_pread_padded (img->file, raw + at, SECTOR, host_off + at, &why);
+
+    if (r < 0 && r != -EIO)
+      return false;             /* out of reach, say: that is no property of the sector */
+    good += r == 0;
+    for (size_t i = 0; r < 0 && i < SECTOR; i += 8)
+      store_be64 (raw + at + i, ENTRY_UNREAD);
+  }
+  return good > 0;
+}
+
 /* The disk's copy.  In a table that must be copied before it is changed, no
  * cluster may be written in place, whatever its entry says.  (But nothing is
  * shared in a data file, and there COPIED is what says that cluster 0 exists.)
@@ -121,14 +144,21 @@ read_slice (struct image *img, uint64_t sn, uint64_t l1, struct slice **ret, str
   uint64_t in_table = sn & ((UINT64_C (1) << img->table_slices_bits) - 1);
   uint64_t mask = l1 & ENTRY_COPIED || img->g.data_file ? UINT64_MAX : ~ENTRY_COPIED;
   struct slice *s = malloc (sizeof *s + img->slice_bytes);
+  uint64_t host_off;
   uint8_t *raw;
   int r;
 
   if (s == NULL)
     return err_set (err, ENOMEM, "out of memory");
   raw = (uint8_t *) s->entries;
-  r = bdev_pread_padded (img->file, raw, img->slice_bytes,
-                         (l1 & L1E_OFF_MASK) + in_table * img->slice_bytes, err);
+  s->torn = false;
+  host_off = (l1 & L1E_OFF_MASK) + in_table * img->slice_bytes;
+  r = bdev_pread_padded (img->file, raw, img->slice_bytes, host_off, err);
+  if (r == -EIO && read_sectors (img, raw, host_off)) {
+    s->torn = true;
+    r = 0;
+    err_clear (err);
+  }
   if (r < 0) {
     free (s);
     return r;

@@ -9,6 +9,7 @@ SERVE_TIMEOUT=40
 export XDG_STATE_HOME=$tmp/state
 make_image base.qcow2 16M
 io base.qcow2 'write -P 1 0 4M'
+truncate -s 32M base.qcow2      # an export cannot grow: let there be room
 cp base.qcow2 a.qcow2
 far_qemu a.qcow2 --writable || exit 1
 proxy_start || exit 1
