@@ -249,7 +249,7 @@ raise_to_writer (struct stack *s, struct layer *l)
 
   if (!s->why_read_only && l->source && l->healed == l->source
       && bdev_make_writable (l->source, &why) < 0)
-    read_only_because (s, "%s cannot be opened for writing: %s", l->path, why.msg);
+    read_only_because (s, "it cannot be opened for writing: %s", why.msg);
 }
 
 /* Put a watch on the active disk, below what is lost already. */
