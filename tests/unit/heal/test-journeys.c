@@ -198,6 +198,81 @@ test_rebuild (void **state)
   far_free (&f);
 }
 
+/* The first writes to the disk look for free clusters, here behind 514 blocks. */
+static void
+test_allocation (void **state)
+{
+  static const uint8_t zeros[1 << 20];
+  struct bdev *d = make_image ("preallocation=metadata,cluster_size=4k,refcount_bits=64", "1G",
+                               "qemu-img resize $f 1100M"), *view;
+  struct image_options opts = { .read_only = false };
+  struct err err = { 0 };
+  struct far f;
+
+  assert_ok (bdev_resize (d, bdev_size (d) + (8 << 20), &err), &err);   /* an export cannot grow */
+  f = far_away (d);
+  assert_ok (image_open (f.healed, &opts, &view, &err), &err);
+  journeys_reset (f.source);
+  assert_ok (bdev_pwrite (view, zeros, sizeof zeros, 1050 << 20, 0, &err), &err);
+  assert_journeys (&f, "first writes to a full image", 50);
+  bdev_unref (view);
+  far_free (&f);
+}
+
+/* --- snapshots */
+
+#define SNAPSHOTS "qemu-io -f qcow2 -c 'write 0 1M' $f; for i in $(seq 100); do " \
+                  "qemu-io -f qcow2 -c \"write ${i}k 1k\" $f; qemu-img snapshot -c s$i $f; done"
+
+/* Take the extra data of all entries of the snapshot table away. */
+static void
+cut_extra_data (struct bdev *d)
+{
+  uint64_t table = get64 (d, HEADER_OFF_SNAPSHOTS), from = 0, to = 0;
+  struct err err = { 0 };
+  uint8_t buf[65536];
+
+  assert_ok (bdev_pread_padded (d, buf, sizeof buf, table, &err), &err);
+  for (uint32_t i = get32 (d, HEADER_OFF_NB_SNAPSHOTS); i > 0; --i) {
+    uint32_t strings = load_be16 (buf + from + 12) + load_be16 (buf + from + 14);
+    uint32_t extra = load_be32 (buf + from + 36);
+
+    memmove (buf + to, buf + from, 40);
+    store_be32 (buf + to + 36, 0);
+    memmove (buf + to + 40, buf + from + 40 + extra, strings);
+    from = ROUND_UP (from + 40 + extra + strings, 8);
+    to = ROUND_UP (to + 40 + strings, 8);
+  }
+  assert_ok (bdev_pwrite (d, buf, to, table, 0, &err), &err);
+}
+
+/* Level all: an entry that is lost, and a table that is to be written anew. */
+static void
+test_snapshots (void **state)
+{
+  struct bdev *d = make_image ("cluster_size=4k", "64M", SNAPSHOTS);
+  uint64_t l2 = get64 (d, get64 (d, HEADER_OFF_L1_TABLE)) & L1E_OFF_MASK;
+  struct err err = { 0 };
+  struct heal_result res;
+  struct lost lost;
+  struct check *c;
+  struct far f;
+
+  put64 (d, l2, 12345);
+  cut_extra_data (d);
+  f = far_away (d);
+  lost_init (&lost);
+  check_free (check (f.healed));
+  assert_journeys (&f, "check of 100 snapshots", 20);
+  assert_ok (heal_fully (f.healed, &c, &res, &lost, &err), &err);
+  assert_journeys (&f, "mending an image with 100 snapshots, and four checks", 50);
+  assert_int_equal (lost.active_bytes, 4096);
+  assert_findings (c, "");
+  check_free (c);
+  lost_reset (&lost);
+  far_free (&f);
+}
+
 int
 main (void)
 {
@@ -207,6 +282,8 @@ main (void)
     cmocka_unit_test (test_copied),
     cmocka_unit_test (test_refcounts),
     cmocka_unit_test (test_rebuild),
+    cmocka_unit_test (test_allocation),
+    cmocka_unit_test (test_snapshots),
   };
 
   return cmocka_run_group_tests (tests, NULL, NULL);
