@@ -3,6 +3,9 @@
  */
 #include "unit/heal/heal-test.h"
 
+#include "heal/fingerprint.h"
+#include "heal/journal.h"
+#include "heal/orphans.h"
 #include "heal/overlay.h"
 #include "img/image.h"
 #include "journeys.h"
@@ -219,6 +222,32 @@ test_allocation (void **state)
   far_free (&f);
 }
 
+/* An image that has lost its L1 table: all 512 L2 tables are found again.  Each says where not to
+ * look for the next, so here it is two journeys for each.
+ */
+static void
+test_orphans (void **state)
+{
+  struct bdev *d = many_tables (SMALL);
+  uint64_t l1 = get64 (d, HEADER_OFF_L1_TABLE), n = get32 (d, HEADER_OFF_L1_SIZE);
+  struct err err = { 0 };
+  struct orphans *o;
+  struct check *c;
+  struct far f;
+
+  for (uint64_t i = 0; i < n; ++i)
+    put64 (d, l1 + i * 8, 0);
+  f = far_away (d);
+  c = check (f.source);
+  journeys_reset (f.source);
+  assert_ok (orphans_find (c, f.source, false, NULL, &o, &err), &err);
+  assert_int_equal (o->tables, 512);
+  assert_journeys (&f, "finding 512 lost tables", 1200);
+  orphans_free (o);
+  check_free (c);
+  far_free (&f);
+}
+
 /* --- snapshots */
 
 #define SNAPSHOTS "qemu-io -f qcow2 -c 'write 0 1M' $f; for i in $(seq 100); do " \
@@ -273,6 +302,46 @@ test_snapshots (void **state)
   far_free (&f);
 }
 
+/* --- into the image */
+
+#define NR_CHANGES 2000         /* more than are listed at once */
+
+static void
+test_journal (void **state)
+{
+  uint64_t size = NR_CHANGES * UINT64_C (200000);
+  uint8_t ext[FINGERPRINT_LENGTH];
+  struct fingerprint print = { .state = OVERLAY_PLAIN, .source_size = size };
+  struct image_params p = {
+    .version = 3, .cluster_bits = 16, .refcount_order = 4, .size = size,
+    .private_ext_type = FINGERPRINT_EXT, .private_ext = ext, .private_ext_len = sizeof ext,
+  };
+  struct journal_result res;
+  struct err err = { 0 };
+  struct bdev *mem, *file;
+  struct far f;
+
+  assert_ok (mem_new ("source", size, false, &mem, &err), &err);
+  assert_ok (mem_new ("journal", 0, true, &file, &err), &err);
+  assert_ok (journeys_new (mem, &f.source, &err), &err);
+  fingerprint_encode (&print, ext);
+  assert_ok (image_create (file, &p, &err), &err);
+  assert_ok (overlay_reopen (file, f.source, &f.healed, &err), &err);
+  for (unsigned i = 0; i < NR_CHANGES; ++i)
+    assert_ok (bdev_pwrite (f.healed, &i, sizeof i, i * UINT64_C (200000) + 100, 0, &err), &err);
+  assert_ok (journal_mark (file, f.healed, f.source, OVERLAY_COMMITTING, &err), &err);
+  journeys_reset (f.source);
+  assert_ok (journal_copy (file, f.healed, f.source, false, NULL, &res, &err), &err);
+  assert_journeys (&f, "writing 2000 changes into a far image", 50);
+  for (unsigned i = 0, now; i < NR_CHANGES; ++i) {
+    assert_ok (bdev_pread (mem, &now, sizeof now, i * UINT64_C (200000) + 100, &err), &err);
+    assert_int_equal (now, i);
+  }
+  bdev_unref (mem);
+  bdev_unref (file);
+  far_free (&f);
+}
+
 int
 main (void)
 {
@@ -283,7 +352,9 @@ main (void)
     cmocka_unit_test (test_refcounts),
     cmocka_unit_test (test_rebuild),
     cmocka_unit_test (test_allocation),
+    cmocka_unit_test (test_orphans),
     cmocka_unit_test (test_snapshots),
+    cmocka_unit_test (test_journal),
   };
 
   return cmocka_run_group_tests (tests, NULL, NULL);
