@@ -108,6 +108,8 @@ test_plain (void **state)
   assert_journeys (&f, "check of its healed view", 4);
   assert_ok (image_open (f.healed, &opts, &view, &err), &err);
   assert_journeys (&f, "opening it", 3);
+  assert_ok (bdev_pwrite (f.healed, "x", 1, 2000000, 0, &err), &err);
+  assert_journeys (&f, "a write to the overlay", 1);    /* it copies what is around that */
   bdev_unref (view);
   far_free (&f);
 }
