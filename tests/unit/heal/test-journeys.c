@@ -40,7 +40,8 @@ far_free (struct far *f)
 #define assert_journeys(f, what, most) \
   assert_journeys_at (f, what, most, __FILE__, __LINE__)
 static void
-assert_journeys_at (const struct far *f, const char *what, uint64_t most, const char *file, int line)
+assert_journeys_at (const struct far *f, const char *what, uint64_t most, const char *file,
+                    int line)
 {
   uint64_t n = journeys_made (f->source);
 
