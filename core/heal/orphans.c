@@ -30,6 +30,7 @@
 #include "heal/orphans.h"
 
 #define BATCH      256u                         /* clusters */
+#define FAR_BATCH  64u                          /* as many as go with one journey */
 #define MAX_PIECES (UINT64_C (4) << 20)
 #define FULL_BYTES (UINT64_C (1) << 30)
 #define ZERO_BYTES (UINT64_C (1) << 30)
@@ -311,8 +312,8 @@ static int
 find_tables (struct finder *f, struct err *err)
 {
   struct bdev_range ranges[BATCH];
+  size_t n = 0, most = f->source->far ? FAR_BATCH : BATCH;
   uint64_t ci, stop = 0;
-  size_t n = 0;
   int r = 0;
 
   while (r == 0 && (ci = orphan_next (f->c, stop, f->end_ci, &stop)) < f->end_ci) {
@@ -321,7 +322,7 @@ find_tables (struct finder *f, struct err *err)
       ranges[n++] = (struct bdev_range) {
         ci << f->g->cluster_bits, MIN (ORPHAN_HEAD_BYTES, f->g->cluster_size),
       };
-      if (n < BATCH)
+      if (n < most)
         continue;
       progress_update (f->progress, "orphans", ci, f->end_ci);
       r = judge_batch (f, ranges, n, err);

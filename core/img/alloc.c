@@ -17,6 +17,7 @@
  */
 #include <errno.h>
 
+#include "dev/ahead.h"
 #include "fmt/refbits.h"
 #include "img/image-int.h"
 
@@ -56,6 +57,16 @@ scan_block_locked (struct image *img, const struct rb *rb, uint64_t ci)
   return ci;
 }
 
+/* Refcount block i, if find_free_locked would look into it and it is not in RAM. */
+static bool
+range_of_block (void *opaque, uint64_t i, struct bdev_range *range)
+{
+  const struct image *img = opaque;
+
+  *range = (struct bdev_range) { img->rc.table[i], img->g.cluster_size };
+  return range->off && !img->rc.full[i] && !img->rc.cached[i];
+}
+
 /* Move the hint to the lowest free cluster, making the block that describes it
  * (and the table that names the block) if it is missing.
  */
@@ -64,8 +75,11 @@ find_free_locked (struct image *img, struct rb **rb, struct err *err)
 {
   struct refcounts *rc = &img->rc;
   uint64_t index, ci;
+  struct ahead ahead;
+  unsigned looked = 0;          /* into blocks that are full */
   int r;
 
+  ahead_init (&ahead, img->file, rc->nr_entries, range_of_block, img);
   for (;;) {
     index = rc->hint_ci >> img->g.rb_bits;
     if (rc->hint_ci >= alloc_limit (img))
@@ -93,6 +107,8 @@ find_free_locked (struct image *img, struct rb **rb, struct err *err)
       rc->hint_ci = ci;
       continue;
     }
+    if (looked > 0)             /* the first is mostly the right one */
+      ahead_at (&ahead, index);
     r = rb_get_locked (img, index, rb, err);
     if (r < 0)
       return r;
@@ -104,6 +120,7 @@ find_free_locked (struct image *img, struct rb **rb, struct err *err)
       continue;
     }
     rc->full[index] = 1;
+    ++looked;
   }
 }
 

@@ -32,7 +32,7 @@ struct image_options {
  * and the feature's name: an external data file without options.data_file, and what
  * cannot be served yet.
  *
- * The view supports pread, pwrite, zero, trim, flush, FUA, extents and cache.
+ * The view supports pread, read_many, pwrite, zero, trim, flush, FUA, extents and cache.
  * can_grow is false; see image_set_growable.
  *
  * -EROFS after a metadata write failed: from then on nothing is written, reads go on.

@@ -212,7 +212,7 @@ load_slice (struct image *img, uint64_t sn, struct slice **ret, struct err *err)
   if ((l1 & L1E_OFF_MASK) == 0)
     return map_check_l1 (img, l1_index, l1, err);
   r = map_check_l1 (img, l1_index, l1, err);
-  if (r == 0 && img->slice_bytes < img->g.cluster_size)         /* all the table's with one journey */
+  if (r == 0 && img->slice_bytes < img->g.cluster_size)         /* one journey for the table */
     ahead_hint (img->file, l1 & L1E_OFF_MASK, img->g.cluster_size);
   if (r == 0)
     r = read_slice (img, sn, l1, &s, err);

@@ -3,6 +3,9 @@
  */
 #include "unit/heal/heal-test.h"
 
+#include "heal/fingerprint.h"
+#include "heal/journal.h"
+#include "heal/orphans.h"
 #include "heal/overlay.h"
 #include "img/image.h"
 #include "journeys.h"
@@ -37,7 +40,8 @@ far_free (struct far *f)
 #define assert_journeys(f, what, most) \
   assert_journeys_at (f, what, most, __FILE__, __LINE__)
 static void
-assert_journeys_at (const struct far *f, const char *what, uint64_t most, const char *file, int line)
+assert_journeys_at (const struct far *f, const char *what, uint64_t most, const char *file,
+                    int line)
 {
   uint64_t n = journeys_made (f->source);
 
@@ -105,6 +109,8 @@ test_plain (void **state)
   assert_journeys (&f, "check of its healed view", 4);
   assert_ok (image_open (f.healed, &opts, &view, &err), &err);
   assert_journeys (&f, "opening it", 3);
+  assert_ok (bdev_pwrite (f.healed, "x", 1, 2000000, 0, &err), &err);
+  assert_journeys (&f, "a write to the overlay", 1);    /* it copies what is around that */
   bdev_unref (view);
   far_free (&f);
 }
@@ -198,6 +204,147 @@ test_rebuild (void **state)
   far_free (&f);
 }
 
+/* The first writes to the disk look for free clusters, here behind 514 blocks. */
+static void
+test_allocation (void **state)
+{
+  static const uint8_t zeros[1 << 20];
+  struct bdev *d = make_image ("preallocation=metadata,cluster_size=4k,refcount_bits=64", "1G",
+                               "qemu-img resize $f 1100M"), *view;
+  struct image_options opts = { .read_only = false };
+  struct err err = { 0 };
+  struct far f;
+
+  assert_ok (bdev_resize (d, bdev_size (d) + (8 << 20), &err), &err);   /* an export cannot grow */
+  f = far_away (d);
+  assert_ok (image_open (f.healed, &opts, &view, &err), &err);
+  journeys_reset (f.source);
+  assert_ok (bdev_pwrite (view, zeros, sizeof zeros, 1050 << 20, 0, &err), &err);
+  assert_journeys (&f, "first writes to a full image", 50);
+  bdev_unref (view);
+  far_free (&f);
+}
+
+/* An image that has lost its L1 table: all 512 L2 tables are found again.  Each says where not to
+ * look for the next, so here it is two journeys for each.
+ */
+static void
+test_orphans (void **state)
+{
+  struct bdev *d = many_tables (SMALL);
+  uint64_t l1 = get64 (d, HEADER_OFF_L1_TABLE), n = get32 (d, HEADER_OFF_L1_SIZE);
+  struct err err = { 0 };
+  struct orphans *o;
+  struct check *c;
+  struct far f;
+
+  for (uint64_t i = 0; i < n; ++i)
+    put64 (d, l1 + i * 8, 0);
+  f = far_away (d);
+  c = check (f.source);
+  journeys_reset (f.source);
+  assert_ok (orphans_find (c, f.source, false, NULL, &o, &err), &err);
+  assert_int_equal (o->tables, 512);
+  assert_journeys (&f, "finding 512 lost tables", 1200);
+  orphans_free (o);
+  check_free (c);
+  far_free (&f);
+}
+
+/* --- snapshots */
+
+#define SNAPSHOTS "qemu-io -f qcow2 -c 'write 0 1M' $f; for i in $(seq 100); do " \
+                  "qemu-io -f qcow2 -c \"write ${i}k 1k\" $f; qemu-img snapshot -c s$i $f; done"
+
+/* Take the extra data of all entries of the snapshot table away. */
+static void
+cut_extra_data (struct bdev *d)
+{
+  uint64_t table = get64 (d, HEADER_OFF_SNAPSHOTS), from = 0, to = 0;
+  struct err err = { 0 };
+  uint8_t buf[65536];
+
+  assert_ok (bdev_pread_padded (d, buf, sizeof buf, table, &err), &err);
+  for (uint32_t i = get32 (d, HEADER_OFF_NB_SNAPSHOTS); i > 0; --i) {
+    uint32_t strings = load_be16 (buf + from + 12) + load_be16 (buf + from + 14);
+    uint32_t extra = load_be32 (buf + from + 36);
+
+    memmove (buf + to, buf + from, 40);
+    store_be32 (buf + to + 36, 0);
+    memmove (buf + to + 40, buf + from + 40 + extra, strings);
+    from = ROUND_UP (from + 40 + extra + strings, 8);
+    to = ROUND_UP (to + 40 + strings, 8);
+  }
+  assert_ok (bdev_pwrite (d, buf, to, table, 0, &err), &err);
+}
+
+/* Level all: an entry that is lost, and a table that is to be written anew. */
+static void
+test_snapshots (void **state)
+{
+  struct bdev *d = make_image ("cluster_size=4k", "64M", SNAPSHOTS);
+  uint64_t l2 = get64 (d, get64 (d, HEADER_OFF_L1_TABLE)) & L1E_OFF_MASK;
+  struct err err = { 0 };
+  struct heal_result res;
+  struct lost lost;
+  struct check *c;
+  struct far f;
+
+  put64 (d, l2, 12345);
+  cut_extra_data (d);
+  f = far_away (d);
+  lost_init (&lost);
+  check_free (check (f.healed));
+  assert_journeys (&f, "check of 100 snapshots", 20);
+  assert_ok (heal_fully (f.healed, &c, &res, &lost, &err), &err);
+  assert_journeys (&f, "mending an image with 100 snapshots, and four checks", 50);
+  assert_int_equal (lost.active_bytes, 4096);
+  assert_findings (c, "");
+  check_free (c);
+  lost_reset (&lost);
+  far_free (&f);
+}
+
+/* --- into the image */
+
+#define NR_CHANGES 2000         /* more than are listed at once */
+
+static void
+test_journal (void **state)
+{
+  uint64_t size = NR_CHANGES * UINT64_C (200000);
+  uint8_t ext[FINGERPRINT_LENGTH];
+  struct fingerprint print = { .state = OVERLAY_PLAIN, .source_size = size };
+  struct image_params p = {
+    .version = 3, .cluster_bits = 16, .refcount_order = 4, .size = size,
+    .private_ext_type = FINGERPRINT_EXT, .private_ext = ext, .private_ext_len = sizeof ext,
+  };
+  struct journal_result res;
+  struct err err = { 0 };
+  struct bdev *mem, *file;
+  struct far f;
+
+  assert_ok (mem_new ("source", size, false, &mem, &err), &err);
+  assert_ok (mem_new ("journal", 0, true, &file, &err), &err);
+  assert_ok (journeys_new (mem, &f.source, &err), &err);
+  fingerprint_encode (&print, ext);
+  assert_ok (image_create (file, &p, &err), &err);
+  assert_ok (overlay_reopen (file, f.source, &f.healed, &err), &err);
+  for (unsigned i = 0; i < NR_CHANGES; ++i)
+    assert_ok (bdev_pwrite (f.healed, &i, sizeof i, i * UINT64_C (200000) + 100, 0, &err), &err);
+  assert_ok (journal_mark (file, f.healed, f.source, OVERLAY_COMMITTING, &err), &err);
+  journeys_reset (f.source);
+  assert_ok (journal_copy (file, f.healed, f.source, false, NULL, &res, &err), &err);
+  assert_journeys (&f, "writing 2000 changes into a far image", 50);
+  for (unsigned i = 0, now; i < NR_CHANGES; ++i) {
+    assert_ok (bdev_pread (mem, &now, sizeof now, i * UINT64_C (200000) + 100, &err), &err);
+    assert_int_equal (now, i);
+  }
+  bdev_unref (mem);
+  bdev_unref (file);
+  far_free (&f);
+}
+
 int
 main (void)
 {
@@ -207,6 +354,10 @@ main (void)
     cmocka_unit_test (test_copied),
     cmocka_unit_test (test_refcounts),
     cmocka_unit_test (test_rebuild),
+    cmocka_unit_test (test_allocation),
+    cmocka_unit_test (test_orphans),
+    cmocka_unit_test (test_snapshots),
+    cmocka_unit_test (test_journal),
   };
 
   return cmocka_run_group_tests (tests, NULL, NULL);

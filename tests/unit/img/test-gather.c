@@ -511,6 +511,28 @@ test_journeys (void **state)
   bdev_unref (file);
 }
 
+/* A table of 64 KiB is read in slices, but comes as a whole. */
+static void
+test_slices (void **state)
+{
+  struct bdev *file = new_image (3, 16, 4, UINT64_C (512) << 20, NULL), *far, *view;
+  struct err err = { 0 };
+  uint8_t b = 1;
+
+  view = open_view (file, NULL, 0);
+  assert_ok (bdev_pwrite (view, &b, 1, 0, 0, &err), &err);
+  bdev_unref (view);
+  assert_ok (journeys_new (file, &far, &err), &err);
+  view = open_view (far, NULL, 0);
+  journeys_reset (far);
+  for (uint64_t i = 0; i < 16; ++i)
+    assert_ok (bdev_pread (view, &b, 1, (i << 25) + 70000, &err), &err);
+  assert_int_equal (journeys_made (far), 1);
+  bdev_unref (view);
+  bdev_unref (far);
+  bdev_unref (file);
+}
+
 int
 main (void)
 {
@@ -520,6 +542,7 @@ main (void)
     cmocka_unit_test (test_callbacks_write),
     cmocka_unit_test (test_others_write),
     cmocka_unit_test (test_journeys),
+    cmocka_unit_test (test_slices),
   };
 
   return cmocka_run_group_tests (tests, make_dir, remove_dir);
