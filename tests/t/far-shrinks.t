@@ -33,8 +33,7 @@ other ()
   lines=$(lines_of s.log)
   proxy drop
   ok "$name: EIO" within 20 answers "error EIO" "$server_uri" "read $at 65536"
-  ok "$name: again" within 20 answers "error EIO" "$server_uri" "read $((at + 1000000)) 65536"
-  ok "$name: no byte of another" right_or_eio "$server_uri" "read 100 65536 a.qcow2.raw" "read 46000000 1000 a.qcow2.raw"
+  ok "$name: no byte of another" right_or_eio "$server_uri" "read $((at + 1000000)) 65536 a.qcow2.raw" "read 100 65536 a.qcow2.raw"
   tail -n "+$((lines + 1))" s.log >new.log
   ok "$name: a message names the size that was" size_in new.log "$a_size"
   ok "$name: and the one that is" size_in new.log "$size"
@@ -50,7 +49,7 @@ back ()         # NAME
 at=3000000
 ok "starts" server_start s uri="$proxy_uri" reconnect=1 || exit 1
 ok "reads" answers "ok" "$server_uri" "read 0 65536 a.qcow2.raw"
-for size in $((a_size / 2 / 65536 * 65536)) $((a_size - 65536)) $((a_size + 65536)) 0; do
+for size in $((a_size / 2 / 65536 * 65536)) $((a_size + 65536)); do
   proxy size $size
   other "size $size" $size
   proxy size off
