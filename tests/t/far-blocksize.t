@@ -56,6 +56,7 @@ far_sock=$tmp/w.sock
 for sizes in "4096 4096 65536" "512 4096 1048576"; do
   cp a.qcow2 w.qcow2
   patch w.qcow2 rt-zero
+  truncate -s +4M w.qcow2       # room: an export does not grow
   far_qemu w.qcow2 --writable || exit 1
   proxy backend "$far_sock"; proxy blocksize $sizes; proxy reset
   ok "in place, $sizes: written" serve uri="$proxy_uri" inplace=true --run \
