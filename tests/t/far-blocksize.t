@@ -63,7 +63,8 @@ for sizes in "4096 4096 65536" "512 4096 1048576"; do
     'qemu-io -f raw -c "write -P 5 1000 3000" -c "write -P 6 30M 100k" -c flush "$uri"'
   is "in place, $sizes: no violation" "$(proxy_number violations)" 0
   far_stop
-  ok "in place, $sizes: QEMU finds it sound" img_check_clean -f qcow2 w.qcow2
+  # The old structure is taken for lost tables, and stays.
+  ok "in place, $sizes: no errors, says QEMU" img_check_leaks_at_most -f qcow2 w.qcow2
   cp a.qcow2.raw want.raw
   qemu-io -f raw -c "write -P 5 1000 3000" -c "write -P 6 30M 100k" want.raw >/dev/null
   ok "in place, $sizes: right" eval 'guest_raw w.qcow2 n.raw && cmp n.raw want.raw'

@@ -37,7 +37,7 @@ is "stalled once: right" "$(cat late)" ok
 
 # Shorter than timeout=: nothing is broken.
 proxy reset; proxy stall-reads on
-nbd_do "$server_uri" "read 40000000 65536 a.qcow2.raw" >late &
+nbd_do "$server_uri" "read 50000000 65536 a.qcow2.raw" >late &
 proxy await read 1
 proxy stall-reads off
 wait $!
