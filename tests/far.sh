@@ -14,6 +14,8 @@ proxy_uri="nbd+unix:///?socket=$proxy_sock"
 proxy_control=$tmp/control.sock
 proxy_program=$tests_dir/nbd-proxy.py
 
+require qemu-nbd
+
 # Until the plugin has what these tests are about.
 require_uri ()
 {
@@ -71,12 +73,11 @@ proxy_start ()
   exec 6<>line.fifo.in 7<>line.fifo.out 8<>proxy.ready
   { python3 "$proxy_program" --listen "$proxy_sock" --control "$proxy_control" --far "$far_sock" \
       --log line.log --fifo line.fifo --ready proxy.ready "$@" >proxy.log 2>&1 </dev/null 6>&- 7>&- 8>&-
-    echo ended >&8; } &
+    echo ended >&8; } 2>/dev/null &     # bash tells there that it was killed
   read -r -t 30 pid <&8
   exec 8<&-
   case $pid in ended|'') cat proxy.log; return 1 ;; esac
   started_pids+=("$pid")
-  disown                        # or bash tells that it was killed
 }
 
 # proxy COMMAND...: its answer is in proxy_answer, without the `ok'; fails if it is an error.

@@ -14,13 +14,12 @@ corrupted_reads ()
 {
   local kind=$1 lines
 
-  ok "$mode, $kind: starts" server_start s uri="$proxy_uri" timeout=5 reconnect=2 || return
+  ok "$mode, $kind: starts" server_start s uri="$proxy_uri" timeout=2 reconnect=1 || return
   lines=$(lines_of s.log)
   proxy reset; proxy nonsense "$kind"
   ok "$mode, $kind, once: right, or EIO" right_or_eio "$server_uri" "read 1000000 65536 a.qcow2.raw"
   proxy nonsense "$kind" 1000000
-  ok "$mode, $kind, always: right, or EIO" within 20 right_or_eio "$server_uri" \
-    "read 12000000 1 a.qcow2.raw" "read 47000000 100000 a.qcow2.raw"
+  ok "$mode, $kind, always: right, or EIO" within 20 right_or_eio "$server_uri" "read 12000000 1 a.qcow2.raw"
   proxy nonsense off
   ok "$mode, $kind: they were made" test "$(proxy_number nonsense)" -ge 2
   ok "$mode, $kind: a message names it" named_after "$lines" s.log
@@ -30,14 +29,14 @@ corrupted_reads ()
   is "$mode, $kind: ends well" "$(cat s.exit)" 0
 }
 
-# corrupted_check KIND: in each of the first reads of the check.
+# corrupted_check KIND: the first read of the check, the first two, and all.
 corrupted_check ()
 {
   local n bad=0
 
-  for n in 1 2 3 1000000; do
+  for n in 1 2 1000000; do
     proxy nonsense "$1" $n
-    serve uri="$proxy_uri" timeout=5 reconnect=1 report=report.json --run 'nbdcopy "$uri" out.raw' >/dev/null 2>&1
+    serve uri="$proxy_uri" timeout=2 reconnect=1 report=report.json --run 'nbdcopy "$uri" out.raw' >/dev/null 2>&1
     case $? in
       0) cmp out.raw a.qcow2.raw && jq -e .sound report.json >/dev/null || bad=$((bad + 1)) ;;
       1) named_after 0 err.log || bad=$((bad + 1)) ;;
@@ -53,7 +52,7 @@ for mode in structured simple; do
   [ $mode = structured ] || { kinds="magic handle short"; proxy extents off; }
   for kind in $kinds; do
     corrupted_reads $kind
-    corrupted_check $kind
+    [ $mode = simple ] || corrupted_check $kind
   done
   proxy extents on
 done

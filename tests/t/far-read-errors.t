@@ -20,10 +20,11 @@ covers ()
     "$1" >/dev/null || { jq -c '[.findings, .lost, .["read-errors"]]' "$1"; return 1; }
 }
 
-# fails_exactly NAME RUNS: `OFF LEN,OFF LEN': what the guest cannot read; the rest is right.
+# fails_exactly NAME RUNS STEP: `OFF LEN,OFF LEN': what the guest cannot read in steps of that
+# size; the rest is right.
 fails_exactly ()
 {
-  nbd_do "$server_uri" "scan 1048576 a.qcow2.raw 512" >scan
+  nbd_do "$server_uri" "scan 1048576 a.qcow2.raw $3" >scan
   is "$1: what fails, and no more" "$(sed -n 's/^failed //p' scan | paste -s -d ,)" "$2"
   ok "$1: the rest is right" grep -q '^ok .*wrong=0' scan
 }
@@ -43,7 +44,7 @@ host=$(($(patch a.qcow2 host 100) * 65536))
 last=$(($(patch a.qcow2 host 710) * 65536))
 proxy error $((host + 0x1200)) 1024; proxy error $((last + 65535)) 1
 ok "guest data: starts" server_start s uri="$proxy_uri" report=report.json
-fails_exactly "guest data" "6558208 1024,46595584 512"
+fails_exactly "guest data" "6558208 1024,46595584 512" 512
 ok "guest data: reads beside it, in one request" answers "ok,error EIO,ok" "$server_uri" \
   "read 6553600 4608 a.qcow2.raw" "read 6553600 65536" "read 6559232 60928 a.qcow2.raw"
 report_says "guest data" guest 6558208
@@ -53,7 +54,7 @@ proxy error off
 l2=$(($(patch a.qcow2 l1 0) & 0x00fffffffffffe00))
 proxy error $((l2 + 1024)) 1
 ok "L2 table: starts" server_start s uri="$proxy_uri" report=report.json
-fails_exactly "L2 table" "8388608 4194304"
+fails_exactly "L2 table" "8388608 4194304" 65536
 report_says "L2 table" guest 8388608
 # It was a cable: the next start finds all of it.
 proxy error off

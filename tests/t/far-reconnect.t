@@ -9,15 +9,14 @@ SERVE_TIMEOUT=40
 make_far_image a.qcow2 -o cluster_size=4k
 far_qemu a.qcow2 || exit 1
 proxy_start || exit 1
-first='nbdcopy "$uri" out.raw; cmp out.raw a.qcow2.raw'
 
 ok "unbroken: the start" serve uri="$proxy_uri" --run true
 checked=$(proxy_number read)
-ok "unbroken: a copy" serve uri="$proxy_uri" --run "$first"
 diag "the check makes $checked reads"
 
-# The check: broken at each of its first reads, and some of the last.
-for ((n = 0; n < checked && n < 40; n = n < 5 ? n + 1 : n * 2)); do
+# The check: broken at each of its first reads, and some of the later ones, but not the last,
+# which it may do without: how many it makes is a matter of how they are joined.
+for ((n = 0; n == 0 || n < checked * 3 / 4 && n < 40; n = n < 2 ? n + 1 : n * 2 + 1)); do
   for how in "" mid; do
     proxy reset; proxy drop-after $n requests $how
     ok "the check: after $n reads${how:+, in the midst of one}" serve uri="$proxy_uri" report=report.json --run true
