@@ -14,7 +14,7 @@ started ()      # NAME MIB ARG...
 
   ok "$name: served" "$BUILD/tests/peak" peak.out "${nbdkit_env[@]}" nbdkit -U - "$PLUGIN" "$@" --run true
   cp .out err.log
-  read -r ms rss <peak.out
+  read -r ms rss _ <peak.out
   diag "$name: $ms ms, $rss KiB, $(wc -l <err.log) lines"
   [ -n "$sanitized" ] || ok "$name: at most $mib MiB" test "$rss" -le $((mib << 10))
   ok "$name: fewer than 20 lines" test "$(wc -l <err.log)" -lt 20
