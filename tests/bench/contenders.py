@@ -79,7 +79,7 @@ class Served(Contender):
 
     def close(self):
         if self.server:
-            self.server.stop()
+            self.server.stop(scrap=self.fresh)
             self.server = None
 
 

@@ -66,9 +66,11 @@ def measure_row(row, bench):
     if reason:
         say("%s: not measured: %s" % (row.name, reason))
         return None, reason
-    say(row.name)
+    begun = time.monotonic()
     try:
-        return measure(row, bench), None
+        results = measure(row, bench)
+        say("%s: %.0f s" % (row.name, time.monotonic() - begun))
+        return results, None
     except processes.Failed as e:
         bench.failed = True
         say("%s: FAILED: %s" % (row.name, e))

@@ -47,10 +47,12 @@ def reap(p, patience=PATIENCE):
         running.pop(p.pid, None)
 
 
-def stop(p):
-    """A server: asked first, so that it leaves its files as it should."""
-    kill_group(p, signal.SIGTERM)
-    reap(p, 60)
+def stop(p, scrap=False):
+    """A server: asked, so that it leaves its files as it should, which may take the disk
+    a while; or not asked, if they are scrap.
+    """
+    kill_group(p, signal.SIGKILL if scrap else signal.SIGTERM)
+    reap(p)
 
 
 def kill_all():

@@ -211,7 +211,7 @@ def packed_rows(s, how):
     return [
         Row("copy-" + how, "nbdcopy to null, all clusters compressed, " + how, "MiB/s",
             lambda b: pair(b, loads.copy_out(b.images.path("copy.log"), s.packed, s.seconds)),
-            (Target(QEMU, 2),), True, how == "zlib"),
+            (Target(QEMU, 2),), how == "zlib", how == "zlib"),
         fio_row("randread-" + how, "4 KiB random reads, compressed, " + how, "/s", "randread",
                 pair, (Target(QEMU, 3),), how == "zlib"),
     ]
@@ -258,13 +258,13 @@ def stacked(s):
     huge = human(s.huge)
     return [
         fio_row("overlay-read", "4 KiB random reads through an overlay on a healed image", "/s",
-                "randread", overlay_pair(), (Target(FLAT, 0.85),), True),
-        fio_row("overlay-write", "4 KiB random writes through it, written before", "/s", "randwrite",
-                overlay_pair(), (Target(FLAT, 0.6),), **part),
-        fio_row("overlay-write-first", "4 KiB random writes through it, each cluster's first", "/s",
-                "randwrite", overlay_pair(True), (Target(FLAT, None),), io_size=s.burst // 4),
-        fio_row("chain", "4 KiB random reads, a backing chain of %d files" % s.depth, "/s", "randread",
-                chain, (Target(FLAT, 0.8), Target(QEMU, None))),
+                "randread", overlay_pair(), (Target(FLAT, 0.85),)),
+        fio_row("overlay-write", "4 KiB random writes through it, written before", "/s",
+                "randwrite", overlay_pair(), (Target(FLAT, 0.6),), **part),
+        fio_row("overlay-write-first", "4 KiB random writes through it, each cluster's first",
+                "/s", "randwrite", overlay_pair(True), (Target(FLAT, None),), io_size=s.burst // 4),
+        fio_row("chain", "4 KiB random reads, a backing chain of %d files" % s.depth, "/s",
+                "randread", chain, (Target(FLAT, 0.8), Target(QEMU, None))),
         fio_row("fragments-read", "4 KiB random reads, " + pieces, "/s", "randread",
                 fragments, (Target(QEMU, None),)),
         fio_row("fragments-seq", "256 KiB sequential reads, " + pieces, "MiB/s", "read",

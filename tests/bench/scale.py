@@ -21,7 +21,7 @@ class Scale:
 
 
 FULL = Scale("full", 1 * GIB, 512 * MIB, 1 * TIB, 64 * GIB, 512 * MIB, 128 * MIB, 1.5, 5, 10, 50)
-QUICK = Scale("quick", 512 * MIB, 128 * MIB, 1 * TIB, 16 * GIB, 64 * MIB, 64 * MIB, 0.4, 5, 10, 50)
+QUICK = Scale("quick", 256 * MIB, 64 * MIB, 1 * TIB, 8 * GIB, 64 * MIB, 32 * MIB, 0.2, 5, 10, 50)
 TINY = Scale("tiny", 16 * MIB, 8 * MIB, 4 * GIB, 1 * GIB, 4 * MIB, 4 * MIB, 0.1, 2, 3, 40)
 
 

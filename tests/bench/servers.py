@@ -41,8 +41,8 @@ class Server:
     def peak_kib(self):
         return processes.peak_kib(self.process.pid)
 
-    def stop(self):
-        processes.stop(self.process)
+    def stop(self, scrap=False):
+        processes.stop(self.process, scrap)
 
 
 def answers(path):
