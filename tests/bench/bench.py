@@ -112,10 +112,6 @@ def measured(b, chosen):
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-def interrupted(number, frame):
-    sys.exit(128 + number)
-
-
 def main():
     options = parse()
     chosen = selected(options)
@@ -123,7 +119,7 @@ def main():
         print("\n".join("%-22s %s" % (r.name, r.work) for r in chosen))
         return 0
     for s in SIGNALS:
-        signal.signal(s, interrupted)
+        signal.signal(s, processes.interrupted)
     return bench(options, chosen)
 
 

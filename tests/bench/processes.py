@@ -7,10 +7,13 @@ until it is waited for, so that kill_all ends it and its children and nobody els
 import os
 import signal
 import subprocess
+import sys
 
 PATIENCE = 3600         # seconds: a program that hangs must not hang the bench for ever
 
 running = {}            # process id -> Popen
+starting = False        # between fork and `running': a signal waits for that
+pending = None          # the signal that does
 
 
 class Failed(Exception):
@@ -18,13 +21,27 @@ class Failed(Exception):
 
 
 def start(args, **kw):
+    global starting
     kw.setdefault("stdin", subprocess.DEVNULL)
+    starting = True
     try:
         p = subprocess.Popen(args, start_new_session=True, **kw)
+        running[p.pid] = p
     except OSError as e:
         raise Failed("%s: %s" % (args[0], e.strerror)) from e
-    running[p.pid] = p
+    finally:
+        starting = False
+        if pending:
+            interrupted(pending, None)
     return p
+
+
+def interrupted(number, frame):
+    """The handler of signals that end the bench."""
+    global pending
+    pending = number
+    if not starting:
+        sys.exit(128 + number)
 
 
 def kill_group(p, sig=signal.SIGKILL):

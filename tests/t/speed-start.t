@@ -1,7 +1,7 @@
 #!/bin/bash
 # 1 TiB of preallocated metadata: served within 64 MiB of memory, and a lost
-# refcount table healed within fewer than 20 lines of talk.  (tests/bench-start.sh
-# measures the time.)
+# refcount table healed within fewer than 20 lines of talk.  (The time is measured
+# by `make bench', row start.)
 . "$(dirname "$0")/../lib.sh"
 require_peak
 
