@@ -74,7 +74,10 @@ class Served(Contender):
             self.close()
             self.start()
         before = self.server.cpu_seconds()
-        figure, moved = self.load(self.server.uri)
+        try:
+            figure, moved = self.load(self.server.uri)
+        except processes.Failed as e:
+            raise processes.Failed("%s: %s%s" % (self.label, e, self.server.last_words())) from e
         return Sample(figure, self.server.peak_kib(), self.server.cpu_seconds() - before, moved)
 
     def close(self):

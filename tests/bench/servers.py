@@ -41,6 +41,12 @@ class Server:
     def peak_kib(self):
         return processes.peak_kib(self.process.pid)
 
+    def last_words(self):
+        """If it has ended, which it should not."""
+        code = self.process.poll()
+        return "" if code is None else \
+            "; the server ended with %d: %s" % (code, processes.tail(self.log))
+
     def stop(self, scrap=False):
         processes.stop(self.process, scrap)
 
