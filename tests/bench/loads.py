@@ -2,8 +2,6 @@
 
 import json
 import os
-import socket
-import struct
 import time
 
 import processes
@@ -51,38 +49,3 @@ def copy_out(log, size, seconds):
             copies += 1
         return copies * size / MIB / (time.monotonic() - begun), copies * size
     return load
-
-
-# --- one read, with nothing in between that takes time of its own
-
-IHAVEOPT, GO, ACK = 0x49484156454F5054, 7, 1
-
-
-def receive(s, n):
-    data = b""
-    while len(data) < n:
-        more = s.recv(n - len(data))
-        if not more:
-            raise processes.Failed("the server hung up")
-        data += more
-    return data
-
-
-def first_bytes(path, n=4 * KIB):
-    """Connect, and read the first bytes of the default export (fixed newstyle NBD)."""
-    with socket.socket(socket.AF_UNIX) as s:
-        s.connect(path)
-        receive(s, 18)
-        name = struct.pack(">IH", 0, 0)
-        s.sendall(struct.pack(">IQII", 3, IHAVEOPT, GO, len(name)) + name)
-        kind = None
-        while kind != ACK:
-            kind, length = struct.unpack(">12xII", receive(s, 20))
-            receive(s, length)
-            if kind >> 31:
-                raise processes.Failed("the server refuses its export")
-        s.sendall(struct.pack(">IHHQQI", 0x25609513, 0, 0, 0, 0, n))
-        error = struct.unpack(">4xI8x", receive(s, 16))[0]
-        if error:
-            raise processes.Failed("the first read failed: " + os.strerror(error))
-        return receive(s, n)

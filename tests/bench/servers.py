@@ -5,9 +5,9 @@ same number of threads and clients, the page cache, no read-only shortcuts.
 """
 
 import os
-import socket
 import time
 
+import nbd
 import processes
 
 CLIENTS = "32"          # qemu-nbd serves one client unless told
@@ -24,15 +24,22 @@ class Server:
             os.unlink(self.sock)
         with open(self.log, "wb") as f:
             self.process = processes.start(command(self.sock), stdout=f, stderr=f)
-        self.wait_until_it_listens()
+        self.wait_until_it_serves()
 
-    def wait_until_it_listens(self):
+    def wait_until_it_serves(self):
+        """That is, until the first bytes have been read from it."""
         end = time.monotonic() + processes.PATIENCE
-        while not answers(self.sock):
+        while True:
+            try:
+                return nbd.first_bytes(self.sock)
+            except OSError as e:
+                why = e
+            except nbd.Refused as e:
+                why, end = e, 0
             if self.process.poll() is not None or time.monotonic() > end:
                 self.stop()
-                raise processes.Failed("%s does not serve: %s" % (self.process.args[0],
-                                                                  processes.tail(self.log)))
+                raise processes.Failed("%s does not serve: %s: %s" % (
+                    self.process.args[0], why, processes.tail(self.log)))
             time.sleep(0.001)
 
     def cpu_seconds(self):
@@ -49,16 +56,6 @@ class Server:
 
     def stop(self, scrap=False):
         processes.stop(self.process, scrap)
-
-
-def answers(path):
-    """Does somebody accept a connection there?"""
-    with socket.socket(socket.AF_UNIX) as s:
-        try:
-            s.connect(path)
-        except OSError:
-            return False
-    return True
 
 
 # What follows makes commands: a function of the socket's path.
