@@ -108,6 +108,28 @@ $(foreach l,$(LAYERS),$(eval $(call unit_rule,$(l))))
 unit: $(unit_tests)
 	@set -e; for t in $(unit_tests); do echo "== $$t"; $$t; done
 
+# --- benchmarks: see tests/bench/bench.py
+bench_programs := $(BUILD)/tests/bench/synthetic $(BUILD)/tests/peak
+$(BUILD)/tests/bench/synthetic: $(BUILD)/tests/bench/synthetic.o $(call libs_for,check)
+	$(call say,LINK,$@)
+	$(Q)$(CC) $(ALL_CFLAGS) $(LDFLAGS) -o $@ $^ $(CORE_LIBS)
+
+$(BUILD)/tests/peak: $(BUILD)/tests/peak.o
+	$(call say,LINK,$@)
+	$(Q)$(CC) $(ALL_CFLAGS) $(LDFLAGS) -o $@ $<
+
+# BENCH="randread* check" runs these rows only; BENCH_ARGS are passed on.
+BENCH      ?=
+BENCH_ARGS ?=
+bench = PLUGIN=$(abspath $(PLUGIN)) BUILD=$(abspath $(BUILD)) \
+        python3 tests/bench/bench.py --json $(BUILD)/bench.json $(BENCH_ARGS)
+
+bench: deps-bench all $(bench_programs)
+	@$(bench) $(BENCH)
+
+bench-quick: deps-bench all $(bench_programs)
+	@$(bench) --quick $(BENCH)
+
 # --- documents made from the table of findings
 gen_findings := $(BUILD)/tests/gen-findings
 $(gen_findings): $(gen_findings).o
@@ -142,7 +164,7 @@ prove = MAKEFLAGS= MAKELEVEL= PLUGIN=$(abspath $(PLUGIN)) BUILD=$(abspath $(BUIL
 check: deps-check
 	@$(MAKE) --no-print-directory check-built
 
-check-built: all $(unit_tests)
+check-built: all $(unit_tests) $(bench_programs)
 	@$(prove) $(TESTS)
 
 check-units: $(unit_tests)
@@ -179,6 +201,9 @@ serve:
 deps:
 	@tests/deps.sh --install build unit test serve
 
+deps-bench:
+	@tests/deps.sh --install build bench
+
 deps-check:
 	@tests/deps.sh --install build unit test
 
@@ -205,6 +230,9 @@ make serve           try it: make a small damaged image (or IMAGE=FILE), heal it
 make check           all tests; TESTS="tests/t/x.t" for some; installs what they need
 make sanitize        the unit tests with the address and undefined behaviour sanitizers
 make soak            long runs, and everything again in a clean room (needs root)
+make bench           everything measured beside its peers, about 20 minutes: a table, and $(BUILD)/bench.json
+                     BENCH="randread* copy" for some rows; docs/BENCHMARKING.md tells them
+make bench-quick     the same in small, in under two minutes
 make install         PREFIX=$(PREFIX) DESTDIR=$(DESTDIR)
                      plugin: $(plugindir)
                      manual: $(mandir)/man1
@@ -223,5 +251,5 @@ help:
 -include $(shell find $(BUILD) -name '*.d' 2>/dev/null)
 
 FORCE:
-.PHONY: all unit docs recovery check check-built check-units sanitize soak check-layers check-headers \
-        serve deps deps-check install uninstall clean help FORCE
+.PHONY: all unit bench bench-quick docs recovery check check-built check-units sanitize soak check-layers \
+        check-headers serve deps deps-bench deps-check install uninstall clean help FORCE

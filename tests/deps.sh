@@ -5,12 +5,13 @@
 #   deps.sh --install GROUP...   install what is missing, and nothing if nothing is
 #   deps.sh --list GROUP...      name the packages, missing or not
 #
-# Groups: build, unit (unit tests), test (tests/t), serve, soak.
+# Groups: build, unit (unit tests), test (tests/t), serve, bench, soak.
 # Tried on Debian 12; the names for Fedora are given to the best of our knowledge.
 set -u
 
 # group | what is asked for | Debian and Ubuntu | Fedora
-# pc:NAME>=VERSION asks pkg-config; py:NAMES asks for modules of python3.
+# pc:NAME>=VERSION asks pkg-config; py:NAMES asks for modules of python3;
+# fio:ENGINE asks fio for an engine.
 table='
 build | cmd:pkg-config        | pkg-config          | pkgconf-pkg-config
 build | pc:nbdkit>=1.32       | nbdkit-plugin-dev   | nbdkit-devel
@@ -34,10 +35,19 @@ test  | cmd:jq                | jq                  | jq
 test  | py:json,zlib          | python3             | python3
 test  | py:jsonschema         | python3-jsonschema  | python3-jsonschema
 test  | cmd:busybox           | busybox-static      | busybox
+test  | cmd:qemu-nbd          | qemu-utils          | qemu-img
+test  | fio:nbd               | fio                 | fio fio-engine-nbd
 serve | cmd:nbdkit            | nbdkit              | nbdkit-server
 serve | cmd:nbdinfo           | libnbd-bin          | libnbd
 serve | cmd:qemu-img          | qemu-utils          | qemu-img
 serve | cmd:mke2fs            | e2fsprogs           | e2fsprogs
+bench | fio:nbd               | fio                 | fio fio-engine-nbd
+bench | cmd:nbdkit            | nbdkit              | nbdkit-server
+bench | cmd:nbdcopy           | libnbd-bin          | libnbd
+bench | cmd:qemu-img          | qemu-utils          | qemu-img
+bench | cmd:qemu-io           | qemu-utils          | qemu-img
+bench | cmd:qemu-nbd          | qemu-utils          | qemu-img
+bench | py:json               | python3             | python3
 soak  | cmd:fio               | fio                 | fio
 soak  | cmd:debootstrap       | debootstrap         | debootstrap
 '
@@ -54,6 +64,7 @@ have ()
   case $1 in
     cmd:*) command -v "$what" >/dev/null ;;
     py:*)  python3 -c "import $what" 2>/dev/null ;;
+    fio:*) fio --enghelp 2>/dev/null | grep -q -w "$what" ;;
     pc:*)  "${PKG_CONFIG:-pkg-config}" --exists "${what/>=/ >= }" 2>/dev/null ;;
   esac
 }
@@ -71,7 +82,7 @@ while IFS='|' read -r group what deb rpm; do
   read -r group <<<"$group"; read -r what <<<"$what"
   [[ -n $group && $groups == *" $group "* ]] || continue
   if [[ $action != --list ]] && have "$what"; then continue; fi
-  case $what in py:*) missing+=("python3 (${what#py:})") ;; *) missing+=("${what#*:}") ;; esac
+  case $what in py:*) missing+=("python3 (${what#py:})") ;; fio:*) missing+=("fio (${what#fio:})") ;; *) missing+=("${what#*:}") ;; esac
   case $column in
     3) packages+=($deb) ;;
     4) packages+=($rpm) ;;

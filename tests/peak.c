@@ -1,7 +1,8 @@
 /* peak [-v MIB] FILE COMMAND [ARG...]
  *
- * Runs the command and writes to FILE how many milliseconds it took and the
- * largest resident set of it or of any of its children, in KiB.  With -v it and
+ * Runs the command and writes to FILE how many milliseconds it took, the largest
+ * resident set of it or of any of its children, in KiB, and the CPU seconds of all
+ * of them.  With -v it and
  * its children get no more than that much address space.  Ends as the command
  * does; 128 + signal if that killed it.
  */
@@ -25,6 +26,12 @@ now_us (void)
 
   clock_gettime (CLOCK_MONOTONIC, &ts);
   return (int64_t) ts.tv_sec * 1000000 + ts.tv_nsec / 1000;
+}
+
+static double
+seconds (struct timeval t)
+{
+  return t.tv_sec + t.tv_usec / 1e6;
 }
 
 int
@@ -63,8 +70,8 @@ main (int argc, char **argv)
     return 126;
   }
   fp = fopen (argv[1], "w");
-  if (fp == NULL || fprintf (fp, "%.1f %ld\n", (now_us () - begun) / 1000.0, ru.ru_maxrss) < 0 ||
-      fclose (fp) == EOF) {
+  if (fp == NULL || fprintf (fp, "%.1f %ld %.3f\n", (now_us () - begun) / 1000.0, ru.ru_maxrss,
+               seconds (ru.ru_utime) + seconds (ru.ru_stime)) < 0 || fclose (fp) == EOF) {
     perror (argv[1]);
     return 126;
   }

@@ -40,7 +40,7 @@ judge ()
   [ $r -ne 124 ] || { echo "took more than 20 s"; return 1; }
   [ $r -lt 128 ] || { echo "ended with $r"; tail -n 5 err.log; return 1; }
   ! grep -E 'Sanitizer|runtime error:|Assertion|terminated abnormally|killed by' err.log || return 1
-  read -r ms rss <peak.out
+  read -r ms rss _ <peak.out
   if [ -z "$sanitized" ] && [ "$rss" -gt $((512 << 10)) ]; then
     echo "took $rss KiB"
     return 1
