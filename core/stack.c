@@ -252,6 +252,17 @@ raise_to_writer (struct stack *s, struct layer *l)
     read_only_because (s, "%s cannot be opened for writing: %s", l->path, why.msg);
 }
 
+/* Healing keeps to the size of a source that cannot grow, so that the overlay can be written into
+ * it.  A guest on a far image may have what room its overlay has: most exports are never written
+ * into, and if this one is, journal_fits tells.
+ */
+static void
+give_room (struct layer *l)
+{
+  if (l->overlay && l->healed != l->source && nbd_is_uri (l->path))
+    image_set_growable (l->healed, true);
+}
+
 /* Put a watch on the active disk, below what is lost already. */
 static int
 watch_guest (struct stack *s, struct bdev **view, struct err *err)
@@ -322,6 +333,7 @@ open_guest (struct stack *s, const struct stack_options *opts, struct err *err)
     return r;
   raise_to_writer (s, &s->data);
   raise_to_writer (s, &s->top);
+  give_room (&s->top);
   r = open_view (s, NULL, s->why_read_only != NULL, &s->guest, err);
   if (r < 0)
     return r;
