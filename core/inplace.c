@@ -346,6 +346,8 @@ prepare_data (struct stack *s, struct err *err)
   if (found == FOUND_COMMITTING)
     return accept_journal (&s->data, ip->data_journal, err);
   r = layer_lay_file (&s->data, ip->data_journal, 0, s->cache_size, &created, err);
+  if (r == 0)
+    r = journal_fits (s->data.healed, s->data.source, err);
   return r < 0 ? r : journal_mark (s->data.overlay, s->data.healed, s->data.source,
                                    OVERLAY_COMMITTING, err);
 }
@@ -470,7 +472,9 @@ inplace_commit (struct stack *s, struct progress *progress, struct err *err)
     ip->journal = s->overlay;
     s->overlay = NULL;
   }
-  r = prepare_data (s, err);
+  r = journal_fits (s->top.healed, s->top.source, err);
+  if (r == 0)
+    r = prepare_data (s, err);
   if (r == 0 && !ip->resumed)
     r = mark (s, err);
   if (r < 0)

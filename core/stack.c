@@ -102,6 +102,16 @@ lay_overlay (struct stack *s, bool *created, struct err *err)
   return layer_lay_file (&s->top, s->overlay, guest_size, s->cache_size, created, err);
 }
 
+/* A far image cannot grow, but what lies over it can: an export is seldom written into, and if this
+ * one is, later, journal_fits tells.  Healing goes past the end only if there is no room inside.
+ */
+static void
+give_room (struct layer *l)
+{
+  if (l->healed != l->source && nbd_is_uri (l->path))
+    image_set_growable (l->healed, true);
+}
+
 /* Only an overlay that the operator named, or an image that needs no repair, is
  * left as the place of guest writes.
  */
@@ -120,6 +130,7 @@ heal_as_told (struct stack *s, const struct stack_options *opts, struct err *err
     r = layer_lay_memory (top, err);
   if (r < 0)
     return r;
+  give_room (top);
   if (can_heal && (s->overlay || !sound))
     r = layer_heal (top, s->repair, progress, err);
   if (r == 0 && !s->overlay && !sound)

@@ -22,6 +22,7 @@
 #include "img/image.h"
 
 #define CHUNK (UINT64_C (1) << 20)         /* bytes read at a time */
+#define SECTOR 512
 #define GRAIN 4096              /* bytes that are written together if one of them differs */
 
 /* --- state */
@@ -227,14 +228,44 @@ add_extent (void *opaque, uint64_t off, uint64_t len, unsigned kind)
   return c->nr == MAX_EXTENTS ? copy_list (c) : 0;
 }
 
+/* QEMU counts disks in sectors, so an overlay is longer than a source that ends inside one, by
+ * zeros: what a partial last cluster reads as anyway.
+ */
+static bool
+only_zeros_from (struct bdev *d, uint64_t off, uint64_t len)
+{
+  uint8_t tail[SECTOR];
+
+  if (len >= SECTOR || bdev_pread (d, tail, len, off, NULL) < 0)
+    return false;
+  for (uint64_t i = 0; i < len; ++i)
+    if (tail[i])
+      return false;
+  return true;
+}
+
+int
+journal_fits (struct bdev *healed, struct bdev *source, struct err *err)
+{
+  uint64_t want = bdev_size (healed), have = bdev_size (source);
+
+  if (want <= have || source->can_grow || only_zeros_from (healed, have, want - have))
+    return 0;
+  return err_set (err, ENOSPC, "%s cannot grow: it has %llu bytes, with what is in the overlay it "
+                  "would need %llu.  Nothing was written into it", source->name,
+                  (unsigned long long) have, (unsigned long long) want);
+}
+
 static int
 copy_all (struct copy *c, struct bdev *file, struct err *err)
 {
   uint64_t size = bdev_size (c->healed);
-  int r = 0;
+  int r = journal_fits (c->healed, c->source, err);
 
   c->res->old_size = bdev_size (c->source);
-  if (size > c->res->old_size)
+  if (!c->source->can_grow)
+    size = MIN (size, c->res->old_size);
+  if (r == 0 && size > c->res->old_size)
     r = bdev_resize (c->source, size, err);
   c->res->new_size = bdev_size (c->source);
   if (r == 0)

@@ -40,9 +40,14 @@ int journal_mark (struct bdev *file, struct bdev *healed, struct bdev *source,
 int journal_accept (struct bdev *file, struct bdev *source, struct bdev **healed,
                     struct err *err);
 
+/* Is there room in source for healed?  To be asked before OVERLAY_COMMITTING.  -ENOSPC if
+ * not: source is too small and cannot grow.  (Zeros at the end, less than a sector, need none.)
+ */
+int journal_fits (struct bdev *healed, struct bdev *source, struct err *err);
+
 /* Make source have the size and the bytes of healed, durably.  Reads only what
  * the overlay holds, and writes only what differs, unless it was begun before
- * (again).  The source never gets shorter.
+ * (again).  The source never gets shorter.  See journal_fits.
  */
 int journal_copy (struct bdev *file, struct bdev *healed, struct bdev *source, bool again,
                   struct progress *progress, struct journal_result *res, struct err *err);

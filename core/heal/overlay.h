@@ -24,7 +24,7 @@ struct overlay_options {
  * (appearing whole or not at all).  An existing one is refused (-EINVAL, with what to do) if it is
  * no overlay of ours, was made for another image, or if the source changed
  * since.  *created tells which it was.  *healed takes over no reference of the caller's.
- * The healed device can grow if the source can.
+ * The healed device can grow if the source can (image_set_growable changes that).
  */
 int overlay_open (const char *path, struct bdev *source, const struct overlay_options *opts,
                   struct bdev **healed, bool *created, struct err *err);

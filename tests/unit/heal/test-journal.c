@@ -33,13 +33,19 @@ new_size (const struct shape *s)
 }
 
 static struct bdev *
-make_source (void)
+make_source_that (bool can_grow)
 {
   struct bdev *d;
 
-  assert_int_equal (mem_new ("source", OLD_SIZE, true, &d, NULL), 0);
+  assert_int_equal (mem_new ("source", OLD_SIZE, can_grow, &d, NULL), 0);
   assert_int_equal (bdev_pwrite (d, old_bytes, OLD_SIZE, 0, 0, NULL), 0);
   return d;
+}
+
+static struct bdev *
+make_source (void)
+{
+  return make_source_that (true);
 }
 
 static struct bdev *
@@ -268,6 +274,29 @@ refuses_a_source_that_changed (void **state)
   }
 }
 
+/* A source that ends inside a sector and cannot grow needs no room for the sector's rest; one
+ * that is too short is not begun with.
+ */
+static void
+keeps_to_a_fixed_size (void **state)
+{
+  for (size_t i = 0; i < 2; ++i) {
+    struct bdev *source = make_source_that (false), *file = make_overlay (source, &shapes[i]);
+    struct bdev *healed = open_healed (file, source);
+    struct err err = { 0 };
+
+    assert_int_equal (journal_fits (healed, source, &err), shapes[i].grows ? -ENOSPC : 0);
+    err_clear (&err);
+    if (!shapes[i].grows) {
+      assert_ok (commit_open (file, healed, source, &err), &err);
+      assert_true (holds (source, new_bytes, OLD_SIZE));
+    }
+    bdev_unref (healed);
+    bdev_unref (file);
+    bdev_unref (source);
+  }
+}
+
 /* Operation n of the journal, or of the source, fails. */
 static void
 survives_every_failure (void **state)
@@ -354,6 +383,7 @@ main (void)
     cmocka_unit_test (copies_nothing_unmarked),
     cmocka_unit_test (writes_what_differs),
     cmocka_unit_test (refuses_a_source_that_changed),
+    cmocka_unit_test (keeps_to_a_fixed_size),
     cmocka_unit_test (survives_every_failure),
     cmocka_unit_test (survives_power_cuts),
   };
