@@ -16,8 +16,8 @@
 #include "base/num.h"
 #include "dev/nbd-int.h"
 
-#define MAX_BYTES   (UINT64_C (96) << 20)       /* of all pieces */
-#define MAX_LOADING (UINT64_C (64) << 20)       /* of those on their way */
+#define MAX_BYTES   (UINT64_C (128) << 20)      /* of all pieces */
+#define MAX_LOADING (UINT64_C (96) << 20)       /* of those on their way */
 #define MAX_PIECES  1024
 #define PIECE       (UINT64_C (512) << 10)      /* bytes of one, at most */
 #define MAX_SPARE   32          /* buffers kept, so that the kernel need not clear new memory */
@@ -31,13 +31,13 @@ struct piece {
   enum state state;
   bool listed;                  /* can be found */
   unsigned users;               /* readers that hold it; and one for LOADING */
+  pthread_cond_t cond;          /* it is not LOADING any more */
   struct piece *next, *prev;
   struct nbd_request req;
 };
 
 struct nbd_ahead {
   pthread_mutex_t lock;
-  pthread_cond_t cond;          /* a piece is not LOADING any more */
   /* protected by lock, and so are the pieces */
   struct piece *first, *last;   /* used latest, used longest ago */
   unsigned nr;
@@ -54,7 +54,6 @@ nbd_ahead_new (struct nbd *n, struct nbd_ahead **ret, struct err *err)
   if (!a)
     return err_set (err, ENOMEM, "out of memory");
   pthread_mutex_init (&a->lock, NULL);
-  pthread_cond_init (&a->cond, NULL);
   *ret = a;
   return 0;
 }
@@ -108,6 +107,7 @@ drop_locked (struct piece *p)
     a->spare[a->nr_spare++] = p->buf;
   else
     free (p->buf);
+  pthread_cond_destroy (&p->cond);
   free (p);
 }
 
@@ -149,7 +149,6 @@ nbd_ahead_free (struct nbd_ahead *a)
   while (a->nr_spare)
     free (a->spare[--a->nr_spare]);
   pthread_mutex_destroy (&a->lock);
-  pthread_cond_destroy (&a->cond);
   free (a);
 }
 
@@ -166,7 +165,7 @@ fetched (struct nbd_request *req)
   a->loading -= p->len;
   if (p->state == FAILED && p->listed)
     unlink_locked (a, p);       /* whoever needs it asks again, and is told why */
-  pthread_cond_broadcast (&a->cond);
+  pthread_cond_broadcast (&p->cond);
   release_locked (p);
 }
 
@@ -206,6 +205,7 @@ new_piece_locked (struct nbd *n, uint64_t off, uint64_t len)
   p->len = len;
   p->state = LOADING;
   p->users = 1;
+  pthread_cond_init (&p->cond, NULL);
   p->req = (struct nbd_request) { .op = NBD_READ, .buf = p->buf, .off = off, .len = len,
                                   .done = fetched, .opaque = p };
   a->bytes += len;
@@ -275,7 +275,7 @@ nbd_ahead_take (struct nbd *n, void *buf, size_t len, uint64_t off, size_t *gap)
     }
     p->users++;
     while (p->state == LOADING)
-      pthread_cond_wait (&a->cond, &a->lock);
+      pthread_cond_wait (&p->cond, &a->lock);
     good = p->state == READY && p->listed;
     got = MIN (len, p->off + p->len - off);
     if (good) {

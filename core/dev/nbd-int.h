@@ -24,7 +24,7 @@
 
 #define NBD_MAX_CONNS    8      /* of one device */
 #define NBD_DEPTH        64     /* requests in flight on one connection, at most */
-#define NBD_MAX_IN_FLIGHT (UINT64_C (64) << 20)         /* bytes, of one device */
+#define NBD_MAX_IN_FLIGHT (UINT64_C (96) << 20)         /* bytes, of one device */
 #define NBD_MAX_PIECE    (UINT64_C (1) << 20)           /* bytes in one request for data */
 #define NBD_HEAD         4096   /* bytes by which an export is known again */
 

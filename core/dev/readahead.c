@@ -2,7 +2,7 @@
  *
  * A stream is a place that reads go on from.  Clients keep several requests in flight, which
  * arrive in any order, so a read belongs to a stream if it is near its end, before or behind.
- * From the third read that takes the end further a window is announced, which doubles each time
+ * From the third read that takes the end further a window is announced, which grows fourfold each time
  * half of it is used up.  All streams together announce no more than a device is likely to keep
  * until it is read.
  *
@@ -19,8 +19,8 @@
 #define NR_STREAMS 32
 #define NEAR       (UINT64_C (4) << 20)         /* bytes around the end of a stream */
 #define FIRST      (UINT64_C (1) << 20)         /* bytes of the first window */
-#define ALL        (UINT64_C (64) << 20)        /* bytes of all windows together */
-#define LARGEST    (UINT64_C (16) << 20)        /* bytes of one */
+#define ALL        (UINT64_C (96) << 20)        /* bytes of all windows together */
+#define LARGEST    (UINT64_C (32) << 20)        /* bytes of one */
 #define STEPS      3            /* reads that make a stream of a place */
 #define ACTIVE_MS  1000
 
@@ -81,7 +81,7 @@ step (struct readahead *a, uint64_t off, uint64_t len, uint64_t *from, uint64_t 
   s->end = off + len;
   if (++s->steps < STEPS || (s->window && s->ahead >= s->end + s->window / 2))
     return false;
-  s->window = MIN (MAX (s->window * 2, FIRST), largest_window_locked (a, now));
+  s->window = MIN (MAX (s->window * 4, FIRST), largest_window_locked (a, now));
   *from = MAX (s->ahead, s->end);
   *to = MIN (s->end + s->window, size);
   s->ahead = MAX (s->ahead, *to);
