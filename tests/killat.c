@@ -7,7 +7,7 @@
  *                  that follow, as on a disk that is full or gone; but names can
  *                  be removed still
  *
- * Counted are the library calls that this program changes files by.  A child
+ * Counted are the library calls that this program changes files by, and NBD exports.  A child
  * goes on counting where its parent was at the fork.
  */
 #include <dlfcn.h>
@@ -18,6 +18,8 @@
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -65,6 +67,24 @@ COUNTED (int, linkat, (int d, const char *a, int e, const char *b, int f), (d, a
 COUNTED (int, chmod, (const char *a, mode_t m), (a, m))
 COUNTED (int, fchmod, (int fd, mode_t m), (fd, m))
 COUNTED (int, mkdir, (const char *a, mode_t m), (a, m))
+
+/* A request to an NBD server to change its export, or to make changes durable: such a request
+ * begins with its magic number, flags and type, and is sent in a call of its own.
+ */
+static int
+changes_export (const unsigned char *p, size_t n)
+{
+  static const unsigned char magic[] = { 0x25, 0x60, 0x95, 0x13 };
+
+  return n >= 28 && memcmp (p, magic, sizeof magic) == 0 && p[6] == 0
+         && (p[7] == 1 || p[7] == 3 || p[7] == 4 || p[7] == 6);
+}
+
+ssize_t
+send (int fd, const void *p, size_t n, int flags)
+{
+  return changes_export (p, n) && count () ? -1 : NEXT (send) (fd, p, n, flags);
+}
 
 #define COUNTED_OPEN(name)                              \
   int name (const char *path, int flags, ...)           \

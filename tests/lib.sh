@@ -598,12 +598,12 @@ recovers ()
   else
     serve "$image" "${options[@]}" "$@" --run 'nbdcopy "$uri" out.raw' || return 1
   fi
-  cmp out.raw want.raw && img_check_clean -f qcow2 "$image" && guest_raw "$image" n.raw && cmp n.raw want.raw || return 1
+  cmp out.raw want.raw && img_check_clean -f qcow2 "$image_file" && guest_raw "$image_file" n.raw && cmp n.raw want.raw || return 1
   left=$(ls -A . state/qcow2repair 2>/dev/null | grep -E 'journal|overlay')
   [ -z "$left" ] || { echo "left behind: $left"; return 1; }
 }
 
-# What the sweep works on: its image, parameters for every start, and 1 for a kill at
+# What the sweep works on: its image (for a far one: uri=URI), parameters for every start, and 1 for a kill at
 # each change, 2 for every second.  old.raw and want.raw are the guest's bytes before
 # and after.
 image=a.qcow2
@@ -613,7 +613,7 @@ sweep_step=1
 # sweep NAME RESTORE ARG...: RESTORE puts the files back as they were.
 sweep ()
 {
-  local name=$1 restore=$2 n=$((1 - sweep_step)) bad=0
+  local name=$1 restore=$2 n=$((1 - sweep_step)) bad=0 image_file=${image#uri=}
   shift 2
 
   while n=$((n + sweep_step)); $restore; killed_at $n "$image" "${options[@]}" "$@"; do
