@@ -54,7 +54,7 @@ proxy error off
 l2=$(($(patch a.qcow2 l1 0) & 0x00fffffffffffe00))
 proxy error $((l2 + 1024)) 1
 ok "L2 table: starts" server_start s uri="$proxy_uri" report=report.json
-fails_exactly "L2 table" "8388608 4194304" 65536
+fails_exactly "L2 table" "8388608 4194304" 1048576
 report_says "L2 table" guest 8388608
 # It was a cable: the next start finds all of it.
 proxy error off
