@@ -254,11 +254,10 @@ write_fill (struct image *img, const struct fill *f, const struct write *w, stru
       r = copy_before (img, f, &f->last, end, tail, bounce, err);
     return r;
   }
-  /* One journey rather than two. */
-  if (img->view.far && head && tail && f->first.kind == CLUSTER_UNALLOCATED &&
-      f->last.kind == CLUSTER_UNALLOCATED)
-    r = read_backing (img, bounce, total, w->off - head, err);
-  else {
+  /* One journey rather than two, unless what lies between them cannot be read. */
+  if (!img->view.far || !head || !tail || f->first.kind != CLUSTER_UNALLOCATED ||
+      f->last.kind != CLUSTER_UNALLOCATED ||
+      read_backing (img, bounce, total, w->off - head, NULL) < 0) {
     r = read_before (img, &f->first, bounce, head, w->off - head, err);
     if (r == 0)
       r = read_before (img, &f->last, bounce + head + len, tail, end, err);

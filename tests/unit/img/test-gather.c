@@ -463,6 +463,30 @@ test_others_write (void **state)
   pair_close (&p);
 }
 
+/* A write over a bad sector saves it: only what lies around the write is read. */
+static void
+test_write_over_bad (void **state)
+{
+  uint8_t bytes[512], buf[512];
+  struct err err = { 0 };
+  struct pair p;
+
+  require_program ("qemu-io");
+  pair_open (&p, &shapes[4]);           /* 64 KiB clusters, a base behind all of it */
+  memset (bytes, 7, sizeof bytes);
+  for (unsigned far = 0; far < 2; ++far) {
+    struct sick *base = (struct sick *) p.base[far];
+
+    base->nr_bad = 1;
+    base->bad[0] = (4 << 20) + 70000;
+    assert_int_equal (bdev_pread (p.view[far], buf, 512, (4 << 20) + 69888, NULL), -EIO);
+    assert_ok (bdev_pwrite (p.view[far], bytes, 512, (4 << 20) + 69888, 0, &err), &err);
+    assert_ok (bdev_pread (p.view[far], buf, 512, (4 << 20) + 69888, &err), &err);
+    assert_memory_equal (buf, bytes, 512);
+  }
+  pair_close (&p);
+}
+
 /* --- journeys */
 
 static int
@@ -541,6 +565,7 @@ main (void)
     cmocka_unit_test (test_batches),
     cmocka_unit_test (test_callbacks_write),
     cmocka_unit_test (test_others_write),
+    cmocka_unit_test (test_write_over_bad),
     cmocka_unit_test (test_journeys),
     cmocka_unit_test (test_slices),
   };
