@@ -466,6 +466,8 @@ nbd_conn_lose (struct nbd_conn *c, uint64_t now, const char *why)
     c->state = NBD_CONN_NONE;
   if (c->state == NBD_CONN_NONE)
     return;
+  if (!was_ready)
+    n->next_extra_ms = now + NBD_EXTRA_PAUSE;   /* lifted when one succeeds */
   if (why)
     snprintf (n->why, sizeof n->why, "%.*s", (int) sizeof n->why - 1, why);
   log_debug ("%s: connection %d is closed: %s", n->d.name, (int) (c - n->conns), n->why);

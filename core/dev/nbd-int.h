@@ -26,6 +26,7 @@
 #define NBD_DEPTH        64     /* requests in flight on one connection, at most */
 #define NBD_MAX_IN_FLIGHT (UINT64_C (96) << 20)         /* bytes, of one device */
 #define NBD_MAX_PIECE    (UINT64_C (1) << 20)           /* bytes in one request for data */
+#define NBD_EXTRA_PAUSE  30000  /* ms after a further connection could not be had */
 #define NBD_HEAD         4096   /* bytes by which an export is known again */
 
 enum nbd_op { NBD_READ, NBD_WRITE, NBD_ZERO, NBD_TRIM, NBD_FLUSH, NBD_STATUS };

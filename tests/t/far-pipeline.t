@@ -6,7 +6,7 @@
 require_uri
 
 # 512 L2 tables, each by itself between the clusters that it maps.
-make_image a.qcow2 64G -o preallocation=metadata,cluster_size=16k
+make_image a.qcow2 16G -o preallocation=metadata,cluster_size=16k
 tables=$(($(patch a.qcow2 get l1_size)))
 far_qemu a.qcow2 || exit 1
 proxy_start || exit 1
