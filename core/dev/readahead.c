@@ -1,7 +1,8 @@
 /* See readahead.h.
  *
  * A stream is a place that reads go on from.  Clients keep several requests in flight, which
- * arrive in any order, so a read belongs to a stream if it is near its end, before or behind.
+ * arrive in any order, so a read belongs to a stream if it is near its end, before or behind; how
+ * near, depends on its length, or else small reads here and there would look like streams.
  * From the third read that takes the end further on, a window before it is kept announced: up to
  * four times what the stream has read so far, so that a reader who stops has not cost much more
  * than he read.  All streams together announce no more than a device is likely to keep until it is
@@ -18,8 +19,9 @@
 #include "dev/readahead.h"
 
 #define NR_STREAMS 32
-#define NEAR       (UINT64_C (4) << 20)         /* bytes around the end of a stream */
-#define FIRST      (UINT64_C (1) << 20)         /* bytes of the first window, and of each step */
+#define NEAR       (UINT64_C (4) << 20)         /* bytes around the end of a stream, at most, ... */
+#define NEAR_READS 32           /* ... and in lengths of the read */
+#define FIRST      (UINT64_C (1) << 20)         /* bytes of the first window, and of two steps */
 #define ALL        (UINT64_C (96) << 20)        /* bytes of all windows together */
 #define LARGEST    (UINT64_C (32) << 20)        /* bytes of one */
 #define STEPS      3            /* reads that make a stream of a place */
@@ -42,14 +44,15 @@ struct readahead {
 };
 
 static struct stream *
-stream_of_locked (struct readahead *a, uint64_t off, uint64_t now)
+stream_of_locked (struct readahead *a, uint64_t off, uint64_t len, uint64_t now)
 {
   struct stream *oldest = &a->streams[0];
+  uint64_t near = MIN (NEAR, len * NEAR_READS);
 
   for (unsigned i = 0; i < NR_STREAMS; ++i) {
     struct stream *s = &a->streams[i];
 
-    if (s->steps && off <= s->end + NEAR && s->end <= off + NEAR)
+    if (s->steps && off <= s->end + near && s->end <= off + near)
       return s;
     if (s->used_ms < oldest->used_ms)
       oldest = s;
@@ -77,7 +80,7 @@ step (struct readahead *a, uint64_t off, uint64_t len, uint64_t *from, uint64_t 
   struct stream *s;
   LOCK_SCOPE (&a->lock);
 
-  s = stream_of_locked (a, off, now);
+  s = stream_of_locked (a, off, len, now);
   s->used_ms = now;
   if (off + len <= s->end)
     return false;
