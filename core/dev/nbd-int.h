@@ -116,6 +116,7 @@ struct nbd {
   struct nbd_list queue;        /* submitted, not yet seen by the I/O thread */
   uint64_t nr_active;           /* submitted, and done has not returned */
   bool running, stop;
+  atomic_bool closing;          /* nobody waits any more for what is under way */
   pthread_t thread;
   int wake_fd;                  /* eventfd */
 
@@ -147,6 +148,9 @@ struct nbd {
  * -ENOMEM or so before this returns.
  */
 void nbd_submit (struct nbd *n, struct nbd_request *req);
+
+/* From now on nobody waits for a server that is not there. */
+void nbd_hasten (struct nbd *n);
 
 /* Wait until nothing is under way, then end the thread.  last: say goodbye to the server, too. */
 void nbd_stop (struct nbd *n, bool last);

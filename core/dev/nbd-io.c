@@ -151,6 +151,10 @@ give_up (struct nbd *n)
 static void
 look_again (struct nbd *n, uint64_t now)
 {
+  if (atomic_load (&n->closing)) {
+    fail_pending (n, -ENOTCONN);
+    return;
+  }
   if (n->lost_ms == 0)
     n->lost_ms = now;
   if (connecting (n))
@@ -375,10 +379,19 @@ nbd_submit (struct nbd *n, struct nbd_request *req)
 }
 
 void
+nbd_hasten (struct nbd *n)
+{
+  atomic_store (&n->closing, true);
+  wake (n);
+}
+
+void
 nbd_stop (struct nbd *n, bool last)
 {
   bool join;
 
+  if (last)
+    nbd_hasten (n);
   {
     LOCK_SCOPE (&n->queue_lock);
     while (n->nr_active > 0)
