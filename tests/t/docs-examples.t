@@ -6,17 +6,7 @@
 pod=$top_dir/nbdkit-qcow2repair.pod
 
 # --- stand-ins, first in PATH
-mkdir bin
-real=$(command -v nbdkit)
-cat >bin/nbdkit <<EOF
-#!/bin/bash
-args=()
-for a; do
-  [ "\$a" != qcow2repair ] || a=$PLUGIN
-  args+=("\$a")
-done
-exec ${nbdkit_env[*]@Q} $real "\${args[@]}"
-EOF
+plugin_by_name
 cat >bin/qemu-system-x86_64 <<'EOF'
 #!/bin/bash
 unset LD_PRELOAD
@@ -28,7 +18,6 @@ esac
 exit 1
 EOF
 chmod +x bin/*
-PATH=$PWD/bin:$PATH
 
 # damaged mapping|refcounts
 damaged ()
@@ -46,11 +35,11 @@ damaged ()
 commands ()
 {
   awk -v indent="$2" '
-    function flush () { if (n) print "--"; n = 0 }
-    $0 !~ "^" indent "[^ ]" && !(n && $0 ~ "^" indent) { flush (); next }
+    function end_block() { if (n) print "--"; n = 0 }
+    $0 !~ "^" indent "[^ ]" && !(n && $0 ~ "^" indent) { end_block(); next }
     { line = substr ($0, length (indent) + 1)
       if (n || line ~ /^(nbdkit (-U|qcow2repair)|nbdcopy|jq|qemu-img|qemu-system)/) { print line; n++ } }
-    END { flush () }' "$1"
+    END { end_block() }' "$1"
 }
 
 # run_block NAME BLOCK
