@@ -192,6 +192,7 @@ plugin_by_name ()
 {
   local real
 
+  [ ! -e bin/nbdkit ] || return 0
   real=$(command -v nbdkit)
   mkdir -p bin
   cat >bin/nbdkit <<EOF

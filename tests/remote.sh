@@ -20,7 +20,7 @@ page_blocks ()
     function end_block() { if (n) print "--"; n = 0 }
     /^```/ { fence = !fence }
     /^#/ && !fence { end_block(); here = ($0 ~ "^#+ " && substr ($0, index ($0, " ") + 1) == wanted); next }
-    here && /^    / { print substr ($0, 5); n++; next }
+    here && !fence && /^    / { print substr ($0, 5); n++; next }
     { end_block() }
     END { end_block() }' "$remote_page"
 }
@@ -29,7 +29,7 @@ page_blocks ()
 page_sections ()
 {
   awk '/^```/ { fence = !fence } /^#/ && !fence { name = substr ($0, index ($0, " ") + 1); told = 0 }
-       /^    / && !told && name { print name; told = 1 }' "$remote_page"
+       /^    / && !fence && !told && name { print name; told = 1 }' "$remote_page"
 }
 
 # page_block SECTION N
@@ -45,20 +45,25 @@ free_port ()
 web_port=$(free_port) nbd_port=$(free_port) tls_port=$(free_port) qemu_port=$(free_port) ssh_port=$(free_port)
 
 # Standard input, with the names that things have here.
+without_ssh=                    # 1: a file, in its place
+page_names=                     # more for sed
 here_names ()
 {
-  local ssh="ssh host=127.0.0.1 port=$ssh_port user=$(id -un) identity=$tmp/ssh/user known-hosts=$tmp/ssh/known"
+  local ssh="ssh host=127.0.0.1 port=$ssh_port user=$(id -un) identity=$tmp/ssh/user known-hosts=$tmp/ssh/known path"
+
+  [ -z "$without_ssh" ] || ssh=file
 
   sed -E -e "s|https://host/|http://127.0.0.1:$web_port/|g" \
     -e "s|nbds://rescue@host/|nbds://rescue@127.0.0.1:$tls_port/|g" \
     -e "s|nbd://host/|nbd://127.0.0.1:$nbd_port/|g" \
     -e "s|hostname=host |hostname=127.0.0.1 port=$tls_port |" \
-    -e "s|ssh host=host( user=root identity=[^ ]*)?|$ssh|" \
+    -e "s|ssh host=host( user=root identity=[^ ]*)? path|$ssh|" \
     -e "s|^(nbdkit .*)-p 10809 --tls|\\1-i 127.0.0.1 -p $tls_port -P $tmp/tls.pid --tls|" \
     -e "s|^(nbdkit .*)-p 10809|\\1-i 127.0.0.1 -p $nbd_port -P $tmp/nbd.pid|" \
     -e "s|^(qemu-nbd .*)-p 10809|\\1--fork --pid-file=$tmp/qnbd.pid -b 127.0.0.1 -p $qemu_port|" \
     -e "s|/etc/keys\\.psk|$tmp/keys.psk|g" \
-    -e "s|=/images|=$tmp/images|g" -e "s| /images/| $tmp/images/|g" -e "s| /data/| $tmp/data/|g"
+    -e "s|=/images|=$tmp/images|g" -e "s| /images/| $tmp/images/|g" -e "s| /data/| $tmp/data/|g" \
+    -e "$page_names"
 }
 
 # What earlier blocks have set.
@@ -145,7 +150,7 @@ waits_for_port ()
 web_start ()
 {
   nbdkit curl --dump-plugin >/dev/null 2>&1 || skip_all "nbdkit has no curl plugin"
-  busybox httpd --help 2>&1 | grep -q -e '-p' || skip_all "this busybox has no httpd"
+  busybox --list | grep -x httpd >/dev/null || skip_all "this busybox has no httpd"
   in_background busybox httpd -f -p "127.0.0.1:$web_port" -h "$tmp/web"
   waits_for_port "$web_port" || { fail "the web server starts"; done_testing; }
 }
@@ -177,4 +182,29 @@ ssh_start ()
   nbdkit -U - ssh host=127.0.0.1 port="$ssh_port" user="$(id -un)" identity="$tmp/ssh/user" \
     known-hosts="$tmp/ssh/known" path="$tmp/ssh/known" --run 'nbdinfo --size "$uri"' >ssh/first 2>&1 ||
     { why="sshd lets nobody in: $(tail -n 1 ssh/log)"; return 1; }
+}
+
+# vm_parts SUMS: a kernel and an initramfs for a virtual machine that looks at the disk's known
+# files (see vm/init), as vm_kernel and initramfs.
+vm_parts ()
+{
+  local cache=${QR_VM_CACHE:-$BUILD/vm-cache}
+
+  PATH=$PATH:/usr/sbin:/sbin
+  require qemu-system-x86_64 mke2fs apt-get dpkg-deb
+  busybox --list | grep -x cpio >/dev/null || skip_all "this busybox has no cpio"
+  [ "$(uname -m)" = x86_64 ] || skip_all "the kernel package is for amd64"
+  timeout 300 "$tests_dir/vm/get-kernel.sh" "$cache" >kernel.log 2>&1 || skip_all "no kernel: $(tail -n 1 kernel.log)"
+  vm_kernel=$cache/vmlinuz
+  "$tests_dir/vm/mkinitramfs.sh" initramfs "$cache/modules" "$1"
+}
+
+# far_fs_disk: the far image web/vm.qcow2 holds a file system (sums in sums), and is damaged.
+far_fs_disk ()
+{
+  PATH=$PATH:/usr/sbin:/sbin
+  make_fs_image vm.qcow2 96M || return 1
+  grep -v numbers vm.qcow2.sums >sums
+  patch vm.qcow2 copied clear l2 all + rt-zero
+  mv vm.qcow2 web/
 }

@@ -95,6 +95,35 @@ run_all "the manual" examples " " 9
 run_all "the README" "$top_dir/README.md" "    " 4
 run_all "report.md" "$top_dir/docs/report.md" "    " 2
 
+# --- docs/remote.md: each block of commands is run by a test of its own
+. "$tests_dir/remote.sh"
+
+# is_run SECTION N: some test says so, maybe with a variable for the name.
+is_run ()
+{
+  local tests=("$tests_dir"/t/remote-*.t "$tests_dir"/soak/remote-*.t "$tests_dir/remote.sh") word
+
+  grep -h -F -e "page \"$1\" $2" -e "page_block \"$1\" $2" "${tests[@]}" && return
+  word=$(grep -h -F -e "=\"$1\"" "${tests[@]}" | sed 's/=.*//' | head -n 1)
+  [ -n "$word" ] && grep -F -e "page \"\$$word\" $2" -e "page_block \"\$$word\" $2" \
+    $(grep -l -F -e "$word=\"$1\"" "${tests[@]}")
+}
+
+run_by_nobody ()
+{
+  local section n i
+
+  while IFS= read -r section; do
+    [ "$section" != "S3, VMware and others" ] || continue       # as it says there
+    n=$(page_blocks "$section" | grep -c -x -e --)
+    for ((i = 1; i <= n; i++)); do
+      is_run "$section" "$i" >/dev/null || echo "$section, block $i"
+    done
+  done < <(page_sections)
+}
+ok "remote.md: has such commands" test "$(page_sections | wc -l)" -ge 14
+is "remote.md: each is run" "$(run_by_nobody)" ""
+
 # --- the README's output
 damaged mapping
 sed -n 's/^    \(\(mended:\|checked again\|LOST\|claimed twice\|    64\|orphans:\).*\)/\1/p' "$top_dir/README.md" >shown

@@ -55,6 +55,7 @@ while IFS='|' read -r _ where command _; do
 done < <(grep -E '^\| .* \| (`nbdkit|\[the same)' "$remote_page")
 is "the table has these rows" "$rows" 9
 
+page "Where is it?" 1
 page "Where is it?" 2
 ok "the disk is right" cmp disk.raw want.raw
 page "A web server" 1
