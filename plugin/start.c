@@ -141,6 +141,7 @@ stop (void)
 
   if (!served)
     return;
+  nbd_hurry ();
   io_stop ();
   tell_read_errors ();
   exports_close_all ();

@@ -54,12 +54,18 @@ far_nbdkit ()
   far_pid far.pid
 }
 
-# End the far server that was started last, and wait until it has gone.
+# End the far server that was started last, and wait until it has gone.  qemu-nbd 7.2 does not always
+# heed SIGTERM; what it was given is in the kernel's hands anyway.
 far_stop ()
 {
+  local n=0
+
   kill -"${1:-TERM}" "$far_server_pid"
   while kill -0 "$far_server_pid" 2>/dev/null &&
-        ! grep -q '^State:.*Z' "/proc/$far_server_pid/status"; do sleep 0.01; done 2>/dev/null
+        ! grep -q '^State:.*Z' "/proc/$far_server_pid/status"; do
+    [ $((n += 1)) -ne 200 ] || kill -KILL "$far_server_pid"
+    sleep 0.01
+  done 2>/dev/null
 }
 
 # proxy_start [OPTIONS]: the line to far_sock.

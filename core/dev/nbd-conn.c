@@ -30,7 +30,7 @@
 #include "dev/nbd-int.h"
 
 #define MAX_LOSSES 4            /* of connections with one request in flight */
-#define GOODBYE_MS 1000
+#define GOODBYE_MS 1000         /* that a server gets to answer at the end */
 #define ALLOCATION LIBNBD_CONTEXT_BASE_ALLOCATION
 
 static bool
@@ -255,10 +255,16 @@ nbd_conn_event (struct nbd_conn *c, short revents, uint64_t now)
   advance (c, now);
 }
 
+static uint64_t
+patience (const struct nbd *n)
+{
+  return atomic_load (&n->closing) ? MIN (n->timeout_ms, (uint64_t) GOODBYE_MS) : n->timeout_ms;
+}
+
 void
 nbd_conn_tend (struct nbd_conn *c, uint64_t now)
 {
-  uint64_t timeout = c->n ? c->n->timeout_ms : 0;
+  uint64_t timeout = c->n ? patience (c->n) : 0;
   char why[64];
 
   if (c->state != NBD_CONN_NONE)
@@ -466,6 +472,8 @@ nbd_conn_lose (struct nbd_conn *c, uint64_t now, const char *why)
     c->state = NBD_CONN_NONE;
   if (c->state == NBD_CONN_NONE)
     return;
+  if (!was_ready)
+    n->next_extra_ms = now + NBD_EXTRA_PAUSE;   /* lifted when one succeeds */
   if (why)
     snprintf (n->why, sizeof n->why, "%.*s", (int) sizeof n->why - 1, why);
   log_debug ("%s: connection %d is closed: %s", n->d.name, (int) (c - n->conns), n->why);

@@ -26,6 +26,7 @@
 #define NBD_DEPTH        64     /* requests in flight on one connection, at most */
 #define NBD_MAX_IN_FLIGHT (UINT64_C (96) << 20)         /* bytes, of one device */
 #define NBD_MAX_PIECE    (UINT64_C (1) << 20)           /* bytes in one request for data */
+#define NBD_EXTRA_PAUSE  30000  /* ms after a further connection could not be had */
 #define NBD_HEAD         4096   /* bytes by which an export is known again */
 
 enum nbd_op { NBD_READ, NBD_WRITE, NBD_ZERO, NBD_TRIM, NBD_FLUSH, NBD_STATUS };
@@ -115,6 +116,7 @@ struct nbd {
   struct nbd_list queue;        /* submitted, not yet seen by the I/O thread */
   uint64_t nr_active;           /* submitted, and done has not returned */
   bool running, stop;
+  atomic_bool closing;          /* nobody waits any more for what is under way */
   pthread_t thread;
   int wake_fd;                  /* eventfd */
 
@@ -146,6 +148,9 @@ struct nbd {
  * -ENOMEM or so before this returns.
  */
 void nbd_submit (struct nbd *n, struct nbd_request *req);
+
+/* From now on nobody waits for a server that is not there. */
+void nbd_hasten (struct nbd *n);
 
 /* Wait until nothing is under way, then end the thread.  last: say goodbye to the server, too. */
 void nbd_stop (struct nbd *n, bool last);

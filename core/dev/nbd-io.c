@@ -34,7 +34,6 @@
 
 #define BUSY            8       /* requests on each connection that make another worth while */
 #define LONGEST_PAUSE   UINT64_C (5000) /* ms between two attempts to connect */
-#define EXTRA_PAUSE     30000   /* ms after a further connection could not be had */
 #define GONE_PAUSE      1000    /* ms between attempts once it was given up */
 #define TICK            UINT64_C (250)  /* ms; how often clocks are looked at while something is awaited */
 
@@ -152,6 +151,10 @@ give_up (struct nbd *n)
 static void
 look_again (struct nbd *n, uint64_t now)
 {
+  if (atomic_load (&n->closing)) {
+    fail_pending (n, -ENOTCONN);
+    return;
+  }
   if (n->lost_ms == 0)
     n->lost_ms = now;
   if (connecting (n))
@@ -171,17 +174,16 @@ look_again (struct nbd *n, uint64_t now)
   attempt (n, now);
 }
 
-/* One more connection, if those there are have enough to do. */
+/* More connections, if those there are have enough to do: as many as would be busy. */
 static void
-add_connection (struct nbd *n, uint64_t now)
+add_connections (struct nbd *n, uint64_t now)
 {
-  unsigned ready = count (n, NBD_CONN_READY);
+  unsigned have = NBD_MAX_CONNS - count (n, NBD_CONN_NONE);
 
-  if (!n->facts.multi_conn || n->other_export || ready == 0 || ready >= NBD_MAX_CONNS || now < n->next_extra_ms
-      || n->nr_suspects || connecting (n) || n->nr_in_flight < ready * BUSY)
+  if (!n->facts.multi_conn || n->other_export || n->nr_suspects || now < n->next_extra_ms)
     return;
-  n->next_extra_ms = now + EXTRA_PAUSE;         /* lifted if it succeeds */
-  attempt (n, now);
+  for (; have < NBD_MAX_CONNS && n->nr_in_flight >= have * BUSY; ++have)
+    attempt (n, now);
 }
 
 static void
@@ -190,7 +192,7 @@ tend (struct nbd *n, uint64_t now)
   for (unsigned i = 0; i < NBD_MAX_CONNS; ++i)
     nbd_conn_tend (&n->conns[i], now);
   if (count (n, NBD_CONN_READY) > 0)
-    add_connection (n, now);
+    add_connections (n, now);
   else if (n->pending.head)
     look_again (n, now);
 }
@@ -377,10 +379,19 @@ nbd_submit (struct nbd *n, struct nbd_request *req)
 }
 
 void
+nbd_hasten (struct nbd *n)
+{
+  atomic_store (&n->closing, true);
+  wake (n);
+}
+
+void
 nbd_stop (struct nbd *n, bool last)
 {
   bool join;
 
+  if (last)
+    nbd_hasten (n);
   {
     LOCK_SCOPE (&n->queue_lock);
     while (n->nr_active > 0)

@@ -331,6 +331,15 @@ nbd_rest (void)
     nbd_stop (n, false);
 }
 
+void
+nbd_hurry (void)
+{
+  LOCK_SCOPE (&all_lock);
+  for (struct nbd *n = all; n; n = n->next)
+    if (!atomic_load (&n->changed))
+      nbd_hasten (n);
+}
+
 static const struct bdev_ops nbd_ops = {
   .kind = "nbd",
   .native_fua = true,

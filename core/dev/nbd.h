@@ -43,4 +43,9 @@ int nbd_open (const char *uri, const struct nbd_options *opts, struct bdev **ret
  */
 void nbd_rest (void);
 
+/* This process is about to end: NBD devices that were never written to need not look for a lost
+ * server any more, so that nobody waits for one.  Those that were go on, for the sake of the data.
+ */
+void nbd_hurry (void);
+
 #endif /* QR_DEV_NBD_H */

@@ -1,10 +1,12 @@
 /* See readahead.h.
  *
  * A stream is a place that reads go on from.  Clients keep several requests in flight, which
- * arrive in any order, so a read belongs to a stream if it is near its end, before or behind.
- * From the third read that takes the end further a window is announced, which grows fourfold each time
- * half of it is used up.  All streams together announce no more than a device is likely to keep
- * until it is read.
+ * arrive in any order, so a read belongs to a stream if it is near its end, before or behind; how
+ * near, depends on its length, or else small reads here and there would look like streams.
+ * From the third read that takes the end further on, a window before it is kept announced: up to
+ * four times what the stream has read so far, so that a reader who stops has not cost much more
+ * than he read.  All streams together announce no more than a device is likely to keep until it is
+ * read.
  *
  * Deliberately not here: bytes.  What was announced is with the device below.
  */
@@ -17,17 +19,19 @@
 #include "dev/readahead.h"
 
 #define NR_STREAMS 32
-#define NEAR       (UINT64_C (4) << 20)         /* bytes around the end of a stream */
-#define FIRST      (UINT64_C (1) << 20)         /* bytes of the first window */
+#define NEAR       (UINT64_C (4) << 20)         /* bytes around the end of a stream, at most, ... */
+#define NEAR_READS 32           /* ... and in lengths of the read */
+#define FIRST      (UINT64_C (1) << 20)         /* bytes of the first window, and of two steps */
 #define ALL        (UINT64_C (96) << 20)        /* bytes of all windows together */
 #define LARGEST    (UINT64_C (32) << 20)        /* bytes of one */
 #define STEPS      3            /* reads that make a stream of a place */
 #define ACTIVE_MS  1000
 
 struct stream {
+  uint64_t begin;               /* of the first read */
   uint64_t end;                 /* of the furthest read */
   uint64_t ahead;               /* announced up to here */
-  uint64_t window;              /* bytes; 0: nothing was announced yet */
+  bool announced;               /* anything */
   uint64_t used_ms;
   unsigned steps;
 };
@@ -40,19 +44,20 @@ struct readahead {
 };
 
 static struct stream *
-stream_of_locked (struct readahead *a, uint64_t off, uint64_t now)
+stream_of_locked (struct readahead *a, uint64_t off, uint64_t len, uint64_t now)
 {
   struct stream *oldest = &a->streams[0];
+  uint64_t near = MIN (NEAR, len * NEAR_READS);
 
   for (unsigned i = 0; i < NR_STREAMS; ++i) {
     struct stream *s = &a->streams[i];
 
-    if (s->steps && off <= s->end + NEAR && s->end <= off + NEAR)
+    if (s->steps && off <= s->end + near && s->end <= off + near)
       return s;
     if (s->used_ms < oldest->used_ms)
       oldest = s;
   }
-  *oldest = (struct stream) { .end = off, .ahead = off, .used_ms = now };
+  *oldest = (struct stream) { .begin = off, .end = off, .ahead = off, .used_ms = now };
   return oldest;
 }
 
@@ -62,7 +67,7 @@ largest_window_locked (const struct readahead *a, uint64_t now)
   unsigned active = 0;
 
   for (unsigned i = 0; i < NR_STREAMS; ++i)
-    active += a->streams[i].window && now - a->streams[i].used_ms < ACTIVE_MS;
+    active += a->streams[i].announced && now - a->streams[i].used_ms < ACTIVE_MS;
   return MIN (ALL / MAX (active, 1u), LARGEST);
 }
 
@@ -71,21 +76,26 @@ static bool
 step (struct readahead *a, uint64_t off, uint64_t len, uint64_t *from, uint64_t *to)
 {
   uint64_t now = clock_ms (), size = bdev_size (&a->d);
+  uint64_t window;
   struct stream *s;
   LOCK_SCOPE (&a->lock);
 
-  s = stream_of_locked (a, off, now);
+  s = stream_of_locked (a, off, len, now);
   s->used_ms = now;
   if (off + len <= s->end)
     return false;
   s->end = off + len;
-  if (++s->steps < STEPS || (s->window && s->ahead >= s->end + s->window / 2))
+  if (++s->steps < STEPS)
     return false;
-  s->window = MIN (MAX (s->window * 4, FIRST), largest_window_locked (a, now));
+  window = MIN (MAX (4 * (s->end - s->begin), FIRST), largest_window_locked (a, now));
   *from = MAX (s->ahead, s->end);
-  *to = MIN (s->end + s->window, size);
-  s->ahead = MAX (s->ahead, *to);
-  return *from < *to;
+  *to = MIN (s->end + window, size);
+  /* In steps worth a request, but for the last. */
+  if (*to <= *from || (*to - *from < FIRST / 2 && *to < size))
+    return false;
+  s->announced = true;
+  s->ahead = *to;
+  return true;
 }
 
 static int

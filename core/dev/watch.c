@@ -12,6 +12,7 @@
 #define SECTOR    512
 #define PARTS     64            /* that a range is cut into to be looked at closer */
 #define MAX_FOUND 256           /* bad parts of one range; more are noted as a whole */
+#define MAX_KEPT  65536         /* ranges; what fails beyond these is counted each time */
 
 struct watch {
   struct bdev d;
@@ -61,7 +62,7 @@ note (struct watch *w, uint64_t off, uint64_t len)
     known += v->ptr[i + n].len;
   }
   w->notes.bytes += end - off - known;
-  if (n == 0 && (v->len >= WATCH_MAX_RANGES || unread_vec_reserve (v, 1) < 0))
+  if (n == 0 && (v->len >= MAX_KEPT || unread_vec_reserve (v, 1) < 0))
     return;
   memmove (v->ptr + i + 1, v->ptr + i + n, (v->len - i - n) * sizeof *v->ptr);
   v->ptr[i] = (struct unread_range) { off, end - off };
@@ -87,6 +88,12 @@ part_read (void *opaque, size_t i, const void *buf, int r, const struct err *why
     return r;
   LOCK_SCOPE (&p->lock);
   return unread_vec_push (p->bad, (struct unread_range) { p->ranges[i].off, p->ranges[i].len });
+}
+
+static bool
+in_one_sector (uint64_t off, uint64_t len)
+{
+  return off / SECTOR == (off + len - 1) / SECTOR;
 }
 
 /* Add the parts of the range that cannot be read. */
@@ -117,18 +124,19 @@ look_closer (struct watch *w, uint64_t off, uint64_t len)
 {
   struct unread_vec bad = VEC_INIT, finer = VEC_INIT;
   int r = unread_vec_push (&bad, (struct unread_range) { off, len });
-  bool coarse = r == 0 && len > SECTOR;
+  bool coarse = r == 0;
 
   while (coarse && r == 0) {
     finer.len = 0;
     coarse = false;
     for (size_t i = 0; i < bad.len && r == 0; ++i)
-      r = bad.ptr[i].len > SECTOR ? bad_parts (w->under, bad.ptr[i].off, bad.ptr[i].len, &finer)
-                                  : unread_vec_push (&finer, bad.ptr[i]);
+      r = in_one_sector (bad.ptr[i].off, bad.ptr[i].len)
+            ? unread_vec_push (&finer, bad.ptr[i])
+            : bad_parts (w->under, bad.ptr[i].off, bad.ptr[i].len, &finer);
     if (r < 0 || finer.len > MAX_FOUND)
       break;
     for (size_t i = 0; i < finer.len; ++i)
-      coarse = coarse || finer.ptr[i].len > SECTOR;
+      coarse = coarse || !in_one_sector (finer.ptr[i].off, finer.ptr[i].len);
     bad.len = 0;
     for (size_t i = 0; i < finer.len && r == 0; ++i)
       r = unread_vec_push (&bad, finer.ptr[i]);
@@ -146,7 +154,7 @@ read_failed (struct watch *w, uint64_t off, uint64_t len, int r)
     LOCK_SCOPE (&w->lock);
     w->notes.unreachable++;
   }
-  else if (r == -EIO && w->narrow && len > SECTOR)
+  else if (r == -EIO && w->narrow && !in_one_sector (off, len))
     look_closer (w, off, len);
   else if (r == -EIO)
     note (w, off, len);
@@ -323,13 +331,14 @@ int
 watch_notes (struct bdev *d, struct watch_notes *notes, struct err *err)
 {
   struct watch *w = (struct watch *) d;
-
   LOCK_SCOPE (&w->lock);
+  size_t nr = MIN (w->notes.ranges.len, (size_t) WATCH_MAX_RANGES);
+
   *notes = w->notes;
   notes->ranges = (struct unread_vec) VEC_INIT;
-  if (unread_vec_reserve (&notes->ranges, w->notes.ranges.len) < 0)
+  if (unread_vec_reserve (&notes->ranges, nr) < 0)
     return err_set (err, ENOMEM, "out of memory");
-  for (size_t i = 0; i < w->notes.ranges.len; ++i)
+  for (size_t i = 0; i < nr; ++i)
     unread_vec_push (&notes->ranges, w->notes.ranges.ptr[i]);
   return 0;
 }

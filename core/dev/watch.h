@@ -14,7 +14,7 @@ struct unread_range {
 };
 DEFINE_VEC (unread_vec, struct unread_range);
 
-/* More than these are counted only. */
+/* More than these are counted only: the first on the disk are told. */
 #define WATCH_MAX_RANGES 1000
 
 struct watch_notes {

@@ -21,11 +21,16 @@
 #define VERSION_PLAIN 1
 #define VERSION_STATE 2
 
+enum { HAS_MTIME = 1, EDGES_UNREAD = 2, SAMPLES_UNREAD = 4 };
+
 void
 fingerprint_encode (const struct fingerprint *f, uint8_t buf[FINGERPRINT_LENGTH])
 {
-  store_be32 (buf, f->state == OVERLAY_PLAIN ? VERSION_PLAIN : VERSION_STATE);
-  store_be32 (buf + 4, f->has_mtime);
+  bool plain = f->state == OVERLAY_PLAIN && !f->edges_unread && !f->samples_unread;
+
+  store_be32 (buf, plain ? VERSION_PLAIN : VERSION_STATE);
+  store_be32 (buf + 4, (f->has_mtime ? HAS_MTIME : 0) | (f->edges_unread ? EDGES_UNREAD : 0)
+                       | (f->samples_unread ? SAMPLES_UNREAD : 0));
   store_be64 (buf + 8, f->source_size);
   store_be64 (buf + 16, f->mtime_sec);
   store_be32 (buf + 24, f->mtime_nsec);
@@ -39,8 +44,11 @@ static bool
 decode (const uint8_t buf[FINGERPRINT_LENGTH], struct fingerprint *f)
 {
   uint32_t version = load_be32 (buf), state = version == VERSION_PLAIN ? 0 : load_be32 (buf + 36);
+  uint32_t flags = load_be32 (buf + 4);
 
-  f->has_mtime = load_be32 (buf + 4);
+  f->has_mtime = flags & HAS_MTIME;
+  f->edges_unread = flags & EDGES_UNREAD;
+  f->samples_unread = flags & SAMPLES_UNREAD;
   f->source_size = load_be64 (buf + 8);
   f->mtime_sec = load_be64 (buf + 16);
   f->mtime_nsec = load_be32 (buf + 24);
@@ -78,6 +86,8 @@ choose_ranges (struct bdev *d, struct bdev_range *ranges)
 struct summing {
   const struct bdev_range *ranges;
   uint32_t crcs[MAX_RANGES];    /* each written by one callback */
+  bool unread[MAX_RANGES];      /* likewise */
+  bool tolerant;                /* of bad sectors */
   pthread_mutex_t lock;
   struct err why;               /* protected by lock: of the first range that cannot be read */
 };
@@ -91,6 +101,10 @@ sum_range (void *opaque, size_t i, const void *buf, int r, const struct err *why
     s->crcs[i] = crc32 (0, buf, s->ranges[i].len);
     return 0;
   }
+  if (r == -EIO && s->tolerant) {
+    s->unread[i] = true;
+    return 0;
+  }
   LOCK_SCOPE (&s->lock);
   if (s->why.code == 0)
     s->why = *why;
@@ -100,11 +114,11 @@ sum_range (void *opaque, size_t i, const void *buf, int r, const struct err *why
 /* All ranges are asked for at once, for sources that are far; the checksums of each are
  * then put together in order, as if they had been read one after the other.
  */
-int
-fingerprint_sums (struct bdev *d, struct fingerprint *f, struct err *err)
+static int
+take_sums (struct bdev *d, bool tolerant, struct fingerprint *f, struct err *err)
 {
   struct bdev_range ranges[MAX_RANGES];
-  struct summing s = { .ranges = ranges };
+  struct summing s = { .ranges = ranges, .tolerant = tolerant };
   size_t nr = choose_ranges (d, ranges);
   struct err why = { 0 };
   int r;
@@ -118,9 +132,17 @@ fingerprint_sums (struct bdev *d, struct fingerprint *f, struct err *err)
   for (size_t i = 0; i < nr; ++i) {
     uint32_t *crc = i < NR_EDGES ? &f->edges_crc : &f->samples_crc;
 
+    if (s.unread[i])
+      *(i < NR_EDGES ? &f->edges_unread : &f->samples_unread) = true;
     *crc = crc32_combine (*crc, s.crcs[i], ranges[i].len);
   }
   return 0;
+}
+
+int
+fingerprint_sums (struct bdev *d, struct fingerprint *f, struct err *err)
+{
+  return take_sums (d, false, f, err);
 }
 
 int
@@ -136,7 +158,7 @@ fingerprint_of_source (struct bdev *source, struct fingerprint *f, struct err *e
     f->mtime_sec = id.mtime.tv_sec;
     f->mtime_nsec = id.mtime.tv_nsec;
   }
-  return fingerprint_sums (source, f, err);
+  return take_sums (source, true, f, err);
 }
 
 /* --- reading it */
@@ -216,7 +238,8 @@ fingerprint_compare (const struct fingerprint *then, const struct fingerprint *n
     return err_set (err, EINVAL, "%s: this overlay belongs to an image of %" PRIu64 " bytes, but "
                     "%s has %" PRIu64 ".  Name the image that it was made for, or another overlay",
                     path, then->source_size, source, now->source_size);
-  if (then->edges_crc != now->edges_crc || then->samples_crc != now->samples_crc)
+  if ((then->edges_crc != now->edges_crc && !then->edges_unread && !now->edges_unread)
+      || (then->samples_crc != now->samples_crc && !then->samples_unread && !now->samples_unread))
     return err_set (err, EINVAL, "%s: this overlay was made for an image with other contents than "
                     "%s has now: it is another image, or it was written to since.  Name the "
                     "right image; if this one was changed on purpose (committed, for example), "

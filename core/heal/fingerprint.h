@@ -1,9 +1,10 @@
 /* What an overlay knows about the image that it was made for: 40 bytes in a
  * private header extension of the overlay, big-endian.
  *
- *   0  version      1, or 2 if the state is not OVERLAY_PLAIN: programs that only
- *                   know plain overlays then refuse it
- *   4  has_mtime    1 if the time below is one
+ *   0  version      1, or 2 if the state is not OVERLAY_PLAIN or something was unread:
+ *                   programs that only know plain overlays then refuse it
+ *   4  flags        1: the time below is one; 2, 4: part of the edges, or samples, could not
+ *                   be read when the overlay was made: that checksum says nothing
  *   8  source_size  bytes of the image when the overlay was made
  *  16  mtime_sec, 24 mtime_nsec
  *  28  edges_crc    CRC-32 of the first and the last MiB
@@ -35,6 +36,7 @@ enum overlay_state {
 struct fingerprint {
   enum overlay_state state;
   bool has_mtime;
+  bool edges_unread, samples_unread;
   uint64_t source_size;         /* bytes */
   uint64_t mtime_sec;
   uint32_t mtime_nsec;
@@ -43,10 +45,10 @@ struct fingerprint {
 
 void fingerprint_encode (const struct fingerprint *f, uint8_t buf[FINGERPRINT_LENGTH]);
 
-/* That of the source as it is now, for a plain overlay. */
+/* That of the source as it is now, for a plain overlay.  Bad sectors (-EIO) cost a checksum, no more. */
 int fingerprint_of_source (struct bdev *source, struct fingerprint *f, struct err *err);
 
-/* The checksums over d alone. */
+/* The checksums over d alone; all of it must be readable. */
 int fingerprint_sums (struct bdev *d, struct fingerprint *f, struct err *err);
 
 /* That of the overlay in file, and where it lies in it.  -EINVAL: no overlay of

@@ -35,19 +35,20 @@ class Contender:
 
 class Program(Contender):
     """Run to its end; the figure is seconds.  metadata: the file that it works through.
-    talks: what it says is gigabytes, and goes nowhere.
+    What it says goes to a file, as it does for anybody who is going to read it.
     """
 
-    def __init__(self, label, folder, command, metadata, exits=(0,), before=None, talks=False):
+    def __init__(self, label, folder, command, metadata, exits=(0,), before=None):
         super().__init__(label)
         self.command, self.metadata = command, metadata
         self.exits, self.before = exits, before or (lambda: None)
-        self.log = os.devnull if talks else os.path.join(folder, "program.log")
+        self.log = os.path.join(folder, "program.log")
         self.peak = os.path.join(folder, "program.peak")
 
     def run(self):
         self.before()
         seconds, kib, cpu = timed(self.command, self.peak, self.log, self.exits)
+        os.truncate(self.log, 0)        # gigabytes, some of them
         return Sample(seconds, kib, cpu, allocated(self.metadata))
 
 

@@ -67,7 +67,7 @@ def check_pair(image, **qemus):
 def qemu_repair(b, before=None):
     """In place, since it knows no other way: of what huge_to_mend made before."""
     return Program(REPAIR, b.folder, qemu_check(b.images.path("mend.qcow2"), "-r", "all"),
-                   b.images.huge_lost(), (0, 2, 3), before, talks=True)
+                   b.images.huge_lost(), (0, 2, 3), before)
 
 
 def rebuild(b):
@@ -119,7 +119,7 @@ def checks(s):
             check_pair(lambda i: i.metadata(s.fine, 4 * KIB)), (Target(CHECK, 15),), True,
             warm_all=False),
         Row("check-lost", "check, refcount table zeroed, " + huge, "s",
-            check_pair(lambda i: i.huge_lost(), exits=(2, 3), talks=True),
+            check_pair(lambda i: i.huge_lost(), exits=(2, 3)),
             (Target(CHECK, 100),), warm_all=False),
         Row("rebuild", "rebuild of the same, ours into an overlay", "s",
             rebuild, (Target(REPAIR, 50),), False, True, warm_all=False),

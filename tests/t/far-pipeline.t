@@ -6,7 +6,7 @@
 require_uri
 
 # 512 L2 tables, each by itself between the clusters that it maps.
-make_image a.qcow2 64G -o preallocation=metadata,cluster_size=16k
+make_image a.qcow2 16G -o preallocation=metadata,cluster_size=16k
 tables=$(($(patch a.qcow2 get l1_size)))
 far_qemu a.qcow2 || exit 1
 proxy_start || exit 1
@@ -31,8 +31,9 @@ checked "many"
 between "many" peak 64 512
 between "many" connections 2 8
 between "many" read "$((tables / 16))" "$((tables * 2))"
-# Each new connection looks at the first bytes, to see whether it is the same disk.
-ok "many: nothing else is read twice" not grep -v 'again: 0 4096$' <(read_twice)
+# The first MiB is asked for at once, before it is known which tables lie there; and each new
+# connection looks at the first bytes, to see whether it is the same disk.
+is "many: nothing else is read twice" "$(read_twice | awk '$3 >= 2^20')" ""
 
 proxy multi-conn off
 checked "one connection"

@@ -66,6 +66,13 @@ proxy error "$(patch a.qcow2 get refcount_table_offset)" 512
 ok "refcount table: all is right" serve uri="$proxy_uri" report=report.json --run "$copy_out; cmp out.raw a.qcow2.raw"
 ok "refcount table: it is told" report_has R17
 proxy error off
+# In what an overlay knows its source by: it is made all the same, and used again.
+proxy error $((host + 0x1200)) 512; proxy error 700000 512; proxy error $(($(stat -c %s a.qcow2) - 5000)) 512
+for i in 1 2; do
+  ok "overlay, start $i: all else is right" serve uri="$proxy_uri" overlay=o.qcow2 --run 'nbdinfo --size "$uri"'
+done
+proxy error off
+ok "overlay, once all can be read: likewise" serve uri="$proxy_uri" overlay=o.qcow2 --run "$copy_out; cmp out.raw a.qcow2.raw"
 # The header: refused, and said why.
 proxy error 0 512
 ok "header: refused" within 20 not serve uri="$proxy_uri" --run true
