@@ -6,7 +6,7 @@
 pod=$top_dir/nbdkit-qcow2repair.pod
 
 # --- stand-ins, first in PATH
-plugin_by_name
+. "$tests_dir/remote.sh"
 cat >bin/qemu-system-x86_64 <<'EOF'
 #!/bin/bash
 unset LD_PRELOAD
@@ -22,7 +22,7 @@ chmod +x bin/*
 # damaged mapping|refcounts
 damaged ()
 {
-  rm -f img.* disk.raw r.json report.json healed.qcow2
+  rm -f img.* fix.qcow2 disk.raw r.json report.json healed.qcow2
   qemu-img create -q -f qcow2 img.qcow2 1G
   qemu-io -f qcow2 -c 'write -P 1 0 4M' -c 'write -P 2 600M 4M' img.qcow2 >/dev/null
   case $1 in
@@ -48,6 +48,9 @@ run_block ()
   local block=$2
 
   case $block in
+    *https://host*)
+      cp img.qcow2 web/; cp img.qcow2 images/
+      block=$(here_names <<<"$block") ;;
     *nbd://host*)
       server_start host file=img.qcow2
       block=${block//nbd:\/\/host\/healed.qcow2/"'nbd+unix:///healed.qcow2?socket=$PWD/host.sock'"} ;;
@@ -90,13 +93,14 @@ run_all ()
   ok "$name: has such commands" test "$n" -ge "$4"
 }
 
+web_start
+ssh_start || without_ssh=1
 sed -n '/^=head1 EXAMPLES/,/^=head1 FINDINGS/p' "$pod" >examples
 run_all "the manual" examples " " 9
 run_all "the README" "$top_dir/README.md" "    " 4
 run_all "report.md" "$top_dir/docs/report.md" "    " 2
 
 # --- docs/remote.md: each block of commands is run by a test of its own
-. "$tests_dir/remote.sh"
 
 # is_run SECTION N: some test says so, maybe with a variable for the name.
 is_run ()
