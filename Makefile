@@ -178,6 +178,7 @@ sanitize:
 
 # Long runs, and a machine made from nothing: hours and root, on demand.
 soak: deps-check
+	@tests/deps.sh --install soak
 	@SOAK=1 $(MAKE) --no-print-directory check-built TESTS='$(wildcard tests/t/*.t tests/soak/*.t)'
 	tests/clean-room.sh
 

@@ -11,7 +11,8 @@ set -u
 
 # group | what is asked for | Debian and Ubuntu | Fedora
 # pc:NAME>=VERSION asks pkg-config; py:NAMES asks for modules of python3;
-# fio:ENGINE asks fio for an engine.
+# fio:ENGINE asks fio for an engine; nbdkit:NAME and filter:NAME ask nbdkit.
+# Not here: sshd, which Debian starts when it is installed.  Tests use one that is there.
 table='
 build | cmd:pkg-config        | pkg-config          | pkgconf-pkg-config
 build | pc:nbdkit>=1.32       | nbdkit-plugin-dev   | nbdkit-devel
@@ -36,6 +37,13 @@ test  | py:json,zlib          | python3             | python3
 test  | py:jsonschema         | python3-jsonschema  | python3-jsonschema
 test  | cmd:busybox           | busybox-static      | busybox
 test  | cmd:qemu-nbd          | qemu-utils          | qemu-img
+test  | cmd:xz                | xz-utils            | xz
+test  | cmd:psktool           | gnutls-bin          | gnutls-utils
+test  | nbdkit:curl           | nbdkit              | nbdkit-curl-plugin
+test  | nbdkit:ssh            | nbdkit              | nbdkit-ssh-plugin
+test  | filter:xz             | nbdkit              | nbdkit-xz-filter
+test  | filter:gzip           | nbdkit              | nbdkit-gzip-filter
+test  | filter:tar            | nbdkit              | nbdkit-tar-filter
 test  | fio:nbd               | fio                 | fio fio-engine-nbd
 serve | cmd:nbdkit            | nbdkit              | nbdkit-server
 serve | cmd:nbdinfo           | libnbd-bin          | libnbd
@@ -49,6 +57,11 @@ bench | cmd:qemu-io           | qemu-utils          | qemu-img
 bench | cmd:qemu-nbd          | qemu-utils          | qemu-img
 bench | py:json               | python3             | python3
 soak  | cmd:fio               | fio                 | fio
+soak  | cmd:guestfish         | libguestfs-tools    | guestfs-tools
+soak  | cmd:virt-qemu-run     | libvirt-daemon-driver-qemu | libvirt-daemon-driver-qemu
+soak  | cmd:virt-xml-validate | libvirt-clients     | libvirt-client
+soak  | cmd:xmllint           | libxml2-utils       | libxml2
+soak  | cmd:parallel          | parallel            | parallel
 soak  | cmd:debootstrap       | debootstrap         | debootstrap
 '
 
@@ -64,6 +77,8 @@ have ()
   case $1 in
     cmd:*) command -v "$what" >/dev/null ;;
     py:*)  python3 -c "import $what" 2>/dev/null ;;
+    nbdkit:*) nbdkit "$what" --dump-plugin >/dev/null 2>&1 ;;
+    filter:*) nbdkit --filter="$what" null --dump-plugin >/dev/null 2>&1 ;;
     fio:*) fio --enghelp 2>/dev/null | grep -q -w "$what" ;;
     pc:*)  "${PKG_CONFIG:-pkg-config}" --exists "${what/>=/ >= }" 2>/dev/null ;;
   esac
@@ -82,7 +97,7 @@ while IFS='|' read -r group what deb rpm; do
   read -r group <<<"$group"; read -r what <<<"$what"
   [[ -n $group && $groups == *" $group "* ]] || continue
   if [[ $action != --list ]] && have "$what"; then continue; fi
-  case $what in py:*) missing+=("python3 (${what#py:})") ;; fio:*) missing+=("fio (${what#fio:})") ;; *) missing+=("${what#*:}") ;; esac
+  case $what in py:*) missing+=("python3 (${what#py:})") ;; fio:*) missing+=("fio (${what#fio:})") ;; nbdkit:*|filter:*) missing+=("nbdkit (${what#*:})") ;; *) missing+=("${what#*:}") ;; esac
   case $column in
     3) packages+=($deb) ;;
     4) packages+=($rpm) ;;

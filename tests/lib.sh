@@ -186,6 +186,34 @@ if grep -q __asan_init "$PLUGIN"; then
               "UBSAN_OPTIONS=halt_on_error=1:abort_on_error=1:print_stacktrace=1")
 fi
 
+# plugin_by_name: from here on `nbdkit qcow2repair' works, as it does where the plugin is
+# installed: a stand-in, first in PATH.  What --run runs is not preloaded into.
+plugin_by_name ()
+{
+  local real
+
+  [ ! -e bin/nbdkit ] || return 0
+  real=$(command -v nbdkit)
+  mkdir -p bin
+  cat >bin/nbdkit <<EOF
+#!/bin/bash
+args=() ours= run=
+for a; do
+  [ "\$run" != 1 ] || a="unset LD_PRELOAD; \$a"
+  run=
+  case \$a in
+    qcow2repair) ours=1; a=$PLUGIN ;;
+    --run) run=1 ;;
+  esac
+  args+=("\$a")
+done
+[ -n "\$ours" ] || exec $real "\${args[@]}"
+exec ${nbdkit_env[*]@Q} $real "\${args[@]}"
+EOF
+  chmod +x bin/nbdkit
+  PATH=$PWD/bin:$PATH
+}
+
 # serve IMAGE|KEY=VALUE... [--run COMMAND]: a captive server, for as long as the
 # command runs, or, without one, no longer than it takes to start.  Its messages
 # are in err.log.  Fails as the start or the command does; 124: took too long.

@@ -6,17 +6,7 @@
 pod=$top_dir/nbdkit-qcow2repair.pod
 
 # --- stand-ins, first in PATH
-mkdir bin
-real=$(command -v nbdkit)
-cat >bin/nbdkit <<EOF
-#!/bin/bash
-args=()
-for a; do
-  [ "\$a" != qcow2repair ] || a=$PLUGIN
-  args+=("\$a")
-done
-exec ${nbdkit_env[*]@Q} $real "\${args[@]}"
-EOF
+. "$tests_dir/remote.sh"
 cat >bin/qemu-system-x86_64 <<'EOF'
 #!/bin/bash
 unset LD_PRELOAD
@@ -28,12 +18,11 @@ esac
 exit 1
 EOF
 chmod +x bin/*
-PATH=$PWD/bin:$PATH
 
 # damaged mapping|refcounts
 damaged ()
 {
-  rm -f img.* disk.raw r.json report.json healed.qcow2
+  rm -f img.* fix.qcow2 disk.raw r.json report.json healed.qcow2
   qemu-img create -q -f qcow2 img.qcow2 1G
   qemu-io -f qcow2 -c 'write -P 1 0 4M' -c 'write -P 2 600M 4M' img.qcow2 >/dev/null
   case $1 in
@@ -46,11 +35,11 @@ damaged ()
 commands ()
 {
   awk -v indent="$2" '
-    function flush () { if (n) print "--"; n = 0 }
-    $0 !~ "^" indent "[^ ]" && !(n && $0 ~ "^" indent) { flush (); next }
+    function end_block() { if (n) print "--"; n = 0 }
+    $0 !~ "^" indent "[^ ]" && !(n && $0 ~ "^" indent) { end_block(); next }
     { line = substr ($0, length (indent) + 1)
       if (n || line ~ /^(nbdkit (-U|qcow2repair)|nbdcopy|jq|qemu-img|qemu-system)/) { print line; n++ } }
-    END { flush () }' "$1"
+    END { end_block() }' "$1"
 }
 
 # run_block NAME BLOCK
@@ -59,6 +48,9 @@ run_block ()
   local block=$2
 
   case $block in
+    *https://host*)
+      cp img.qcow2 web/; cp img.qcow2 images/
+      block=$(here_names <<<"$block") ;;
     *nbd://host*)
       server_start host file=img.qcow2
       block=${block//nbd:\/\/host\/healed.qcow2/"'nbd+unix:///healed.qcow2?socket=$PWD/host.sock'"} ;;
@@ -101,10 +93,40 @@ run_all ()
   ok "$name: has such commands" test "$n" -ge "$4"
 }
 
+web_start
+ssh_start || without_ssh=1
 sed -n '/^=head1 EXAMPLES/,/^=head1 FINDINGS/p' "$pod" >examples
 run_all "the manual" examples " " 9
 run_all "the README" "$top_dir/README.md" "    " 4
 run_all "report.md" "$top_dir/docs/report.md" "    " 2
+
+# --- docs/remote.md: each block of commands is run by a test of its own
+
+# is_run SECTION N: some test says so, maybe with a variable for the name.
+is_run ()
+{
+  local tests=("$tests_dir"/t/remote-*.t "$tests_dir"/soak/remote-*.t "$tests_dir/remote.sh") word
+
+  grep -h -F -e "page \"$1\" $2" -e "page_block \"$1\" $2" "${tests[@]}" && return
+  word=$(grep -h -F -e "=\"$1\"" "${tests[@]}" | sed 's/=.*//' | head -n 1)
+  [ -n "$word" ] && grep -F -e "page \"\$$word\" $2" -e "page_block \"\$$word\" $2" \
+    $(grep -l -F -e "$word=\"$1\"" "${tests[@]}")
+}
+
+run_by_nobody ()
+{
+  local section n i
+
+  while IFS= read -r section; do
+    [ "$section" != "S3, VMware and others" ] || continue       # as it says there
+    n=$(page_blocks "$section" | grep -c -x -e --)
+    for ((i = 1; i <= n; i++)); do
+      is_run "$section" "$i" >/dev/null || echo "$section, block $i"
+    done
+  done < <(page_sections)
+}
+ok "remote.md: has such commands" test "$(page_sections | wc -l)" -ge 14
+is "remote.md: each is run" "$(run_by_nobody)" ""
 
 # --- the README's output
 damaged mapping
