@@ -26,7 +26,7 @@ refused ()
 dump=$("${nbdkit_env[@]}" nbdkit "$PLUGIN" --dump-plugin)
 keys=$(sed -n 's/^qcow2repair_parameters=//p' <<<"$dump" | tr , ' ')
 is "--dump-plugin lists the parameters" "$keys" \
-  "file repair overlay inplace discard-orphans snapshot backing data-file report check cache-size force-share lost"
+  "file repair overlay inplace discard-orphans snapshot backing data-file report check cache-size force-share lost uri cache timeout reconnect"
 ok "--dump-plugin tells the levels" eval 'grep -qx "qcow2repair_repair=off,refcounts,all" <<<"$dump"'
 
 refused "no image" 'which image'
@@ -35,7 +35,7 @@ refused "misspelt: overly" 'did you mean overlay=' a.qcow2 overly=o
 refused "misspelt: fiel" 'did you mean file=' fiel=a.qcow2
 refused "misspelt: cache_size" 'did you mean cache-size=' a.qcow2 cache_size=1M
 refused "misspelt: Force-Share" 'did you mean force-share=' a.qcow2 Force-Share=1
-for key in uri cluster-size virtual-size; do
+for key in cluster-size virtual-size; do
   refused "not there yet: $key" "$key= is not supported by this version: " a.qcow2 $key=x
 done
 refused "not there yet: salvage" 'off, refcounts and all' a.qcow2 repair=salvage
@@ -51,9 +51,21 @@ done
 
 for key in $keys; do
   args=(a.qcow2)
-  [ $key != file ] || args=()
+  [ $key != file ] && [ $key != uri ] || args=()
   refused "$key without a value" "$key= has no value" "${args[@]}" $key=
 done
+nbd=nbd+unix:///?socket=/nonexistent
+refused "uri=x" 'uri=x is not the URI of an NBD export' uri=x
+refused "uri=https" 'let nbdkit fetch it' uri=https://example.com/a.qcow2
+refused "a URI as file=" 'say uri=' file=$nbd
+refused "a file and a URI" 'file=.* and uri=.* exclude' a.qcow2 uri=$nbd
+refused "nobody there" 'cannot connect to nbd' uri=$nbd
+refused "timeout=0" 'timeout=0' uri=$nbd timeout=0
+refused "timeout=x" 'timeout' uri=$nbd timeout=x
+refused "reconnect: two days" 'more than a day' uri=$nbd reconnect=172800
+refused "cache= and inplace=" 'inplace=true and cache= exclude' a.qcow2 cache=c inplace=true
+refused "cache= is the image" 'are the same file' a.qcow2 cache=a.qcow2
+refused "cache= is the overlay" 'are the same file' a.qcow2 cache=o overlay=o
 refused "two images" 'file= is given twice' a.qcow2 b.qcow2
 refused "repair twice" 'repair= is given twice' a.qcow2 repair=all repair=all
 refused "overlay twice" 'overlay= is given twice' a.qcow2 overlay=o overlay=p
