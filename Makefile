@@ -92,7 +92,7 @@ $(PLUGIN): $(plugin_obj) $(call libs_for,stack) $(BUILD)/sources
 	$(Q)$(CC) $(ALL_CFLAGS) $(LDFLAGS) -shared -Wl,--as-needed -o $@ $(filter %.o %.a,$^) $(CORE_LIBS)
 
 # --- unit tests: tests/unit/<layer>/test-<what>.c
-device_obj := $(addprefix $(BUILD)/tests/,fault.o journeys.o recorder.o)
+device_obj := $(addprefix $(BUILD)/tests/,fault.o journeys.o recorder.o nbdserver.o)
 $(BUILD)/tests/%.o: EXTRA_CFLAGS = -Itests $(call pkg,--cflags,cmocka)
 $(BUILD)/tests/unit/%.o: | $(BUILD)/have-unit
 unit_tests :=

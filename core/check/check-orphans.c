@@ -11,7 +11,10 @@
  *        in one stretch as long as one table maps (at least 64 MiB, at most 512
  *        MiB): they were a table's that has been overwritten.
  *
- * A leaked bitmap table, refcount table or the L1 table of a snapshot is an array
+ * A refcount table that was replaced by a larger one names refcount blocks, each of which mostly lies
+ * in the stretch of the file that it covers: its entries keep step with that.
+ *
+ * A leaked bitmap table or the L1 table of a snapshot is an array
  * of offsets too.  In an L2 table of the active disk an entry for a cluster of
  * its own is COPIED, in those never; without that flag (tables that only a
  * snapshot had), it takes many entries to be convincing.  A leaked cluster with
@@ -120,6 +123,18 @@ tally_in_data_file (struct l2_tally *t, const struct check *c, const struct l2_e
   t->copied += e->copied;
 }
 
+/* Does what the entry names lie as many stretches of a refcount block behind what the one before
+ * names as it does entries?
+ */
+static void
+tally_step (struct l2_tally *t, const struct geom *g, uint64_t host_off, uint64_t index)
+{
+  uint64_t step = (host_off >> (g->cluster_bits + g->rb_bits)) - index * (g->l2e_size / 8);
+
+  t->in_step += t->named == 1 || step == t->last_step;
+  t->last_step = step;
+}
+
 static void
 tally_entry (struct l2_tally *t, const struct check *c, uint64_t raw, uint64_t bitmap,
              uint64_t index)
@@ -149,6 +164,7 @@ tally_entry (struct l2_tally *t, const struct check *c, uint64_t raw, uint64_t b
   ci = e.host_off >> g->cluster_bits;
   n = ((e.host_off + e.host_len - 1) >> g->cluster_bits) - ci + 1;
   t->named++;
+  tally_step (t, g, e.host_off, index);
   t->copied += e.copied;
   t->compressed += compressed;
   t->orphans += all_orphans (c, ci, n);
@@ -181,6 +197,9 @@ l2_tally_lost_table (const struct l2_tally *t, const struct check *c)
 {
   uint64_t many = MIN (FEW_NAMED, c->geom.l2_entries / 2);
 
+  /* An old refcount table: at least half of three or more entries keep step. */
+  if (t->copied == 0 && t->compressed == 0 && t->named > 2 && t->in_step * 2 >= t->named)
+    return false;
   return l2_tally_possible (t) && t->orphans > 0 && t->excess * 2 >= t->named &&
          (t->copied > 0 || t->compressed > 0 || t->orphans >= many);
 }

@@ -48,6 +48,8 @@ struct l2_tally {
   uint64_t orphans;             /* of those: name orphans */
   uint64_t excess;              /* of those: name clusters with more refcount than references */
   uint64_t copied, compressed;  /* of those */
+  uint64_t in_step;             /* of those: see tally_step */
+  uint64_t last_step;
   uint64_t last_raw;            /* the entry before */
 };
 

@@ -30,7 +30,6 @@
 #include "dev/nbd-int.h"
 
 #define MAX_LOSSES 4            /* of connections with one request in flight */
-#define GOODBYE_MS 1000         /* that a server gets to answer at the end */
 #define ALLOCATION LIBNBD_CONTEXT_BASE_ALLOCATION
 
 static bool
@@ -55,7 +54,9 @@ set_up (struct nbd *n, struct nbd_conn *c, struct err *err)
   c->h = nbd_create ();
   if (!c->h)
     return err_set (err, ENOMEM, "%s: %s", n->d.name, libnbd_says ());
-  if (nbd_set_uri_allow_local_file (c->h, n->local_files) < 0
+  /* Alignment is ours to see to: a size that is no multiple of the blocks leaves one that is shorter. */
+  if (nbd_set_strict_mode (c->h, nbd_get_strict_mode (c->h) & ~LIBNBD_STRICT_ALIGN) < 0
+      || nbd_set_uri_allow_local_file (c->h, n->local_files) < 0
       || nbd_set_pread_initialize (c->h, false) < 0
       || nbd_add_meta_context (c->h, ALLOCATION) < 0)
     return err_set (err, EINVAL, "%s: %s", n->d.name, libnbd_says ());
@@ -258,7 +259,7 @@ nbd_conn_event (struct nbd_conn *c, short revents, uint64_t now)
 static uint64_t
 patience (const struct nbd *n)
 {
-  return atomic_load (&n->closing) ? MIN (n->timeout_ms, (uint64_t) GOODBYE_MS) : n->timeout_ms;
+  return atomic_load (&n->hasty) ? MIN (n->timeout_ms, (uint64_t) NBD_CLOSE_MS) : n->timeout_ms;
 }
 
 void
@@ -294,7 +295,7 @@ off_connection (struct nbd_request *req)
   nbd_list_remove (&c->requests, req);
   c->nr--;
   c->n->nr_in_flight--;
-  c->n->bytes_in_flight -= req->op == NBD_READ || req->op == NBD_WRITE ? req->len : 0;
+  c->n->bytes_in_flight -= nbd_payload (req);
   req->conn = NULL;
 }
 
@@ -407,7 +408,7 @@ nbd_conn_send (struct nbd_conn *c, struct nbd_request *req, uint64_t now)
   nbd_list_push (&c->requests, req);
   c->nr++;
   n->nr_in_flight++;
-  n->bytes_in_flight += req->op == NBD_READ || req->op == NBD_WRITE ? req->len : 0;
+  n->bytes_in_flight += nbd_payload (req);
   if (issue (c->h, req) >= 0)
     return true;
   off_connection (req);
@@ -427,6 +428,10 @@ nbd_recover (struct nbd *n, struct nbd_request *req)
 {
   if (is_change (req->op) || (req->op == NBD_FLUSH && n->lost_changes)) {
     nbd_finish (n, req, req->op == NBD_FLUSH ? -EIO : -ENOTCONN);
+    return;
+  }
+  if (n->close_by_ms) {
+    nbd_finish (n, req, -ENOTCONN);
     return;
   }
   if (++req->losses == 2)
@@ -456,7 +461,7 @@ any_ready (const struct nbd *n)
 static void
 announce_loss (struct nbd *n, bool was_ready)
 {
-  if (!was_ready || any_ready (n) || n->lost)
+  if (!was_ready || any_ready (n) || n->lost || n->close_by_ms)
     return;
   n->lost = true;
   log_notice ("%s: the connection was lost (%s); trying to connect again", n->d.name, n->why);
@@ -494,17 +499,17 @@ nbd_conn_lose (struct nbd_conn *c, uint64_t now, const char *why)
 }
 
 void
-nbd_conn_goodbye (struct nbd_conn *c)
+nbd_conn_goodbye (struct nbd_conn *c, uint64_t until)
 {
-  uint64_t until = clock_ms () + GOODBYE_MS;
+  uint64_t now;
 
   if (!c->h)
     return;
   if (nbd_aio_is_ready (c->h) && nbd_aio_disconnect (c->h, 0) == 0) {
-    while (!nbd_aio_is_closed (c->h) && !nbd_aio_is_dead (c->h) && clock_ms () < until) {
+    while (!nbd_aio_is_closed (c->h) && !nbd_aio_is_dead (c->h) && (now = clock_ms ()) < until) {
       struct pollfd p = { .fd = nbd_aio_get_fd (c->h), .events = nbd_conn_events (c) };
 
-      if (p.fd < 0 || poll (&p, 1, GOODBYE_MS) <= 0)
+      if (p.fd < 0 || poll (&p, 1, until - now) <= 0)
         break;
       if (p.revents & (POLLIN | POLLHUP | POLLERR) && p.events & POLLIN)
         nbd_aio_notify_read (c->h);

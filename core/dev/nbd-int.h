@@ -28,6 +28,7 @@
 #define NBD_MAX_PIECE    (UINT64_C (1) << 20)           /* bytes in one request for data */
 #define NBD_EXTRA_PAUSE  30000  /* ms after a further connection could not be had */
 #define NBD_HEAD         4096   /* bytes by which an export is known again */
+#define NBD_CLOSE_MS     1000   /* for all that is to be done at the end */
 
 enum nbd_op { NBD_READ, NBD_WRITE, NBD_ZERO, NBD_TRIM, NBD_FLUSH, NBD_STATUS };
 
@@ -115,12 +116,13 @@ struct nbd {
   /* protected by queue_lock */
   struct nbd_list queue;        /* submitted, not yet seen by the I/O thread */
   uint64_t nr_active;           /* submitted, and done has not returned */
-  bool running, stop;
-  atomic_bool closing;          /* nobody waits any more for what is under way */
+  bool running, stop, closing;
+  atomic_bool hasty;            /* a server that is not there is not looked for any more */
   pthread_t thread;
   int wake_fd;                  /* eventfd */
 
   /* the I/O thread's */
+  uint64_t close_by_ms;         /* 0; or when it is closed, come what may: nobody waits any more */
   struct nbd_conn conns[NBD_MAX_CONNS];
   struct nbd_list pending;      /* to be sent */
   struct nbd_list finished;     /* answered, done not called yet */
@@ -152,8 +154,17 @@ void nbd_submit (struct nbd *n, struct nbd_request *req);
 /* From now on nobody waits for a server that is not there. */
 void nbd_hasten (struct nbd *n);
 
-/* Wait until nothing is under way, then end the thread.  last: say goodbye to the server, too. */
+/* Wait until nothing is under way, then end the thread.  last: nobody waits for what is under way,
+ * so it is given a second, and then up; and goodbye is said to the server.
+ */
 void nbd_stop (struct nbd *n, bool last);
+
+/* Bytes of data that go with it over the line. */
+static inline uint64_t
+nbd_payload (const struct nbd_request *req)
+{
+  return req->op == NBD_READ || req->op == NBD_WRITE ? req->len : 0;
+}
 
 void nbd_list_push (struct nbd_list *l, struct nbd_request *req);
 void nbd_list_remove (struct nbd_list *l, struct nbd_request *req);
@@ -187,8 +198,8 @@ void nbd_recover (struct nbd *n, struct nbd_request *req);
 /* Connect the first time, waiting for it, and learn the facts. */
 int nbd_conn_first (struct nbd *n, struct err *err);
 
-/* Take leave of the server, if it listens. */
-void nbd_conn_goodbye (struct nbd_conn *c);
+/* Take leave of the server, if it listens, until then. */
+void nbd_conn_goodbye (struct nbd_conn *c, uint64_t until);
 
 /* --- nbd.c */
 

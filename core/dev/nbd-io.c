@@ -151,7 +151,7 @@ give_up (struct nbd *n)
 static void
 look_again (struct nbd *n, uint64_t now)
 {
-  if (atomic_load (&n->closing)) {
+  if (atomic_load (&n->hasty)) {
     fail_pending (n, -ENOTCONN);
     return;
   }
@@ -186,9 +186,22 @@ add_connections (struct nbd *n, uint64_t now)
     attempt (n, now);
 }
 
+/* It is being closed: what is still under way was read ahead, for nobody.  A server that does not
+ * answer, or is gone, must not keep whoever closes it.
+ */
+static void
+hurry (struct nbd *n, uint64_t now)
+{
+  fail_pending (n, -ENOTCONN);
+  for (unsigned i = 0; now >= n->close_by_ms && i < NBD_MAX_CONNS; ++i)
+    nbd_conn_lose (&n->conns[i], now, "no answer while it was being closed");
+}
+
 static void
 tend (struct nbd *n, uint64_t now)
 {
+  if (n->close_by_ms)
+    hurry (n, now);
   for (unsigned i = 0; i < NBD_MAX_CONNS; ++i)
     nbd_conn_tend (&n->conns[i], now);
   if (count (n, NBD_CONN_READY) > 0)
@@ -221,7 +234,7 @@ dispatch (struct nbd *n, uint64_t now)
 
   while ((req = n->pending.head)) {
     if (n->nr_in_flight > 0
-        && (n->nr_suspects || n->bytes_in_flight + req->len > NBD_MAX_IN_FLIGHT))
+        && (n->nr_suspects || n->bytes_in_flight + nbd_payload (req) > NBD_MAX_IN_FLIGHT))
       return;
     c = least_busy (n);
     if (!c)
@@ -272,6 +285,8 @@ take_queue (struct nbd *n)
     nbd_list_remove (&n->queue, req);
     nbd_list_push (&n->pending, req);
   }
+  if (n->closing && n->close_by_ms == 0)
+    n->close_by_ms = clock_ms () + NBD_CLOSE_MS;
   return !n->stop || n->nr_active > 0;
 }
 
@@ -378,22 +393,34 @@ nbd_submit (struct nbd *n, struct nbd_request *req)
     wake (n);
 }
 
+/* A request may have come between the thread's last look and its end: then there is another. */
+static void
+stopped (struct nbd *n)
+{
+  LOCK_SCOPE (&n->queue_lock);
+  n->running = n->stop = false;
+  if (n->queue.head)
+    start_locked (n);
+}
+
 void
 nbd_hasten (struct nbd *n)
 {
-  atomic_store (&n->closing, true);
+  atomic_store (&n->hasty, true);
   wake (n);
 }
 
 void
 nbd_stop (struct nbd *n, bool last)
 {
+  uint64_t until = clock_ms () + NBD_CLOSE_MS;
   bool join;
 
-  if (last)
-    nbd_hasten (n);
   {
     LOCK_SCOPE (&n->queue_lock);
+    n->closing = last;
+    if (last && n->running)
+      wake (n);
     while (n->nr_active > 0)
       pthread_cond_wait (&n->idle_cond, &n->queue_lock);
     join = n->running;
@@ -403,7 +430,7 @@ nbd_stop (struct nbd *n, bool last)
     wake (n);
     pthread_join (n->thread, NULL);
   }
-  n->running = n->stop = false;
+  stopped (n);
   for (unsigned i = 0; last && i < NBD_MAX_CONNS; ++i)
-    nbd_conn_goodbye (&n->conns[i]);
+    nbd_conn_goodbye (&n->conns[i], until);
 }

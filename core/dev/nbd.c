@@ -408,7 +408,8 @@ nbd_new (const char *uri, const struct nbd_options *opts, struct nbd **ret, stru
 static int
 remember_head (struct nbd *n, struct err *err)
 {
-  uint64_t len = MIN (MAX ((uint64_t) n->facts.minimum, (uint64_t) NBD_HEAD), n->facts.size);
+  uint64_t len = MIN (MIN (MAX ((uint64_t) n->facts.minimum, (uint64_t) NBD_HEAD), n->max_piece),
+                      n->facts.size);
   uint8_t *head = malloc (len + 1);
   int r = head ? 0 : -ENOMEM;
 

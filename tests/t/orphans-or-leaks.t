@@ -64,4 +64,15 @@ for round in 1 2 3 4 5 6 7 8; do
   ok "killed, $round: no evidence" eval 'REPORT=r.json; report_lacks O01 O02'
 done
 
+# The tables of an image that grew lie about still; they are those of refcount blocks, and once the
+# last of them is lost nothing says that they are free.
+for options in cluster_size=512 cluster_size=512,refcount_bits=32 cluster_size=4k,refcount_bits=64; do
+  rm -f e.qcow2
+  make_image e.qcow2 64M -o "$options"
+  for ((i = 0; i < 64; i += 8)); do io e.qcow2 "write -P $((i + 1)) ${i}M 8M"; done
+  patch e.qcow2 rt-zero
+  ok "$options, refcount table lost: healed" serve e.qcow2 report=r.json --run true
+  ok "$options, refcount table lost: no evidence" eval 'REPORT=r.json; report_has R16 && report_lacks O01 O02'
+done
+
 done_testing
