@@ -26,7 +26,7 @@ refused ()
 dump=$("${nbdkit_env[@]}" nbdkit "$PLUGIN" --dump-plugin)
 keys=$(sed -n 's/^qcow2repair_parameters=//p' <<<"$dump" | tr , ' ')
 is "--dump-plugin lists the parameters" "$keys" \
-  "file repair overlay inplace discard-orphans snapshot backing data-file report check cache-size force-share lost"
+  "file repair overlay inplace discard-orphans snapshot backing data-file report check cache-size force-share lost uri cache timeout reconnect"
 ok "--dump-plugin tells the levels" eval 'grep -qx "qcow2repair_repair=off,refcounts,all" <<<"$dump"'
 
 refused "no image" 'which image'
@@ -35,7 +35,7 @@ refused "misspelt: overly" 'did you mean overlay=' a.qcow2 overly=o
 refused "misspelt: fiel" 'did you mean file=' fiel=a.qcow2
 refused "misspelt: cache_size" 'did you mean cache-size=' a.qcow2 cache_size=1M
 refused "misspelt: Force-Share" 'did you mean force-share=' a.qcow2 Force-Share=1
-for key in uri cluster-size virtual-size; do
+for key in cluster-size virtual-size; do
   refused "not there yet: $key" "$key= is not supported by this version: " a.qcow2 $key=x
 done
 refused "not there yet: salvage" 'off, refcounts and all' a.qcow2 repair=salvage
@@ -48,6 +48,20 @@ refused "lost=error without a check" "check=false and lost=error exclude" a.qcow
 for size in 0 -1 x 99999999999999999999 16E; do
   refused "cache-size=$size" 'cache-size=' a.qcow2 cache-size=$size
 done
+
+refused "uri=a file" 'not the URI of an NBD export' uri=a.qcow2
+refused "uri=a web address" "nbdkit -U - curl URL" uri=http://host/a.qcow2
+refused "uri without a host's answer" 'cannot connect to nbd' "uri=nbd+unix:///?socket=$PWD/nothing"
+refused "file=a URI" 'say uri=nbd://host' file=nbd://host/a
+refused "file and uri" 'exclude each other' a.qcow2 uri=nbd://host/a
+refused "timeout=0" 'no time at all' a.qcow2 timeout=0
+for value in -1 x 86401; do
+  refused "timeout=$value" 'timeout' a.qcow2 timeout=$value
+  refused "reconnect=$value" 'reconnect' a.qcow2 reconnect=$value
+done
+refused "inplace and cache" 'inplace=true and cache= exclude' a.qcow2 inplace=true cache=c
+refused "the cache is the image" 'are the same file' a.qcow2 cache=a.qcow2
+refused "the cache is the overlay" 'are the same file' a.qcow2 cache=c overlay=c
 
 for key in $keys; do
   args=(a.qcow2)
