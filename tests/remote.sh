@@ -51,7 +51,7 @@ here_names ()
 {
   local ssh="ssh host=127.0.0.1 port=$ssh_port user=$(id -un) identity=$tmp/ssh/user known-hosts=$tmp/ssh/known path"
 
-  [ -z "$without_ssh" ] || ssh=file
+  [ -z "$without_ssh" ] || ssh="file file"
 
   sed -E -e "s|https://host/|http://127.0.0.1:$web_port/|g" \
     -e "s|nbds://rescue@host/|nbds://rescue@127.0.0.1:$tls_port/|g" \

@@ -49,6 +49,20 @@ for size in 0 -1 x 99999999999999999999 16E; do
   refused "cache-size=$size" 'cache-size=' a.qcow2 cache-size=$size
 done
 
+refused "uri=a file" 'not the URI of an NBD export' uri=a.qcow2
+refused "uri=a web address" "nbdkit -U - curl URL" uri=http://host/a.qcow2
+refused "uri without a host's answer" 'cannot connect to nbd' "uri=nbd+unix:///?socket=$PWD/nothing"
+refused "file=a URI" 'say uri=nbd://host' file=nbd://host/a
+refused "file and uri" 'exclude each other' a.qcow2 uri=nbd://host/a
+refused "timeout=0" 'no time at all' a.qcow2 timeout=0
+for value in -1 x 86401; do
+  refused "timeout=$value" 'timeout' a.qcow2 timeout=$value
+  refused "reconnect=$value" 'reconnect' a.qcow2 reconnect=$value
+done
+refused "inplace and cache" 'inplace=true and cache= exclude' a.qcow2 inplace=true cache=c
+refused "the cache is the image" 'are the same file' a.qcow2 cache=a.qcow2
+refused "the cache is the overlay" 'are the same file' a.qcow2 cache=c overlay=c
+
 for key in $keys; do
   args=(a.qcow2)
   [ $key != file ] && [ $key != uri ] || args=()
