@@ -123,7 +123,7 @@ layer_check (struct layer *l, bool deep, struct progress *progress, struct err *
 
   copts.deep = deep;
   r = check_run (l->healed, &copts, &l->before, err);
-  if (r < 0)
+  if (r < 0 && err && strncmp (err->msg, l->path, strlen (l->path)) != 0)
     err_prefix (err, "%s", l->path);
   if (refuse_if_lost (l, unreachable, "checked", err) == 0)
     return r;

@@ -72,7 +72,7 @@ nbd_conn_start (struct nbd *n, struct nbd_conn *c, struct err *err)
   c->state = NBD_CONN_CONNECTING;
   c->since_ms = c->heard_ms = clock_ms ();
   c->answered_ms = c->last_change = 0;
-  c->leaving = false;
+  c->leaving = c->silent = false;
   if (r < 0)
     return r;
   if (nbd_aio_connect_uri (c->h, n->uri) == 0)
@@ -282,6 +282,8 @@ nbd_conn_tend (struct nbd_conn *c, uint64_t now)
     c->heard_ms = now;
   else if (now - c->heard_ms >= timeout
            || (c->requests.head && c->requests.head->sent_ms + timeout < c->answered_ms))
+    c->silent = true;
+  if (c->silent)
     nbd_conn_lose (c, now, why);
 }
 
@@ -423,8 +425,19 @@ nbd_conn_send (struct nbd_conn *c, struct nbd_request *req, uint64_t now)
 
 /* --- the end */
 
+/* Silence is worse than a line that breaks: each time costs the whole timeout. */
+static void
+count_loss (struct nbd *n, struct nbd_request *req, bool silent)
+{
+  bool was_suspect = req->losses >= 2;
+
+  req->losses += silent ? 2 : 1;
+  if (!was_suspect && req->losses >= 2)
+    n->nr_suspects++;
+}
+
 void
-nbd_recover (struct nbd *n, struct nbd_request *req)
+nbd_recover (struct nbd *n, struct nbd_request *req, bool silent)
 {
   if (is_change (req->op) || (req->op == NBD_FLUSH && n->lost_changes)) {
     nbd_finish (n, req, req->op == NBD_FLUSH ? -EIO : -ENOTCONN);
@@ -434,13 +447,12 @@ nbd_recover (struct nbd *n, struct nbd_request *req)
     nbd_finish (n, req, -ENOTCONN);
     return;
   }
-  if (++req->losses == 2)
-    n->nr_suspects++;
+  count_loss (n, req, silent);
   if (req->losses >= (n->distrust ? 1 : MAX_LOSSES)) {
     if (!n->distrust)
-      log_notice ("%s: it has broken off %u times while it was asked for %" PRIu64 " bytes at byte %"
-                  PRIu64 ": that fails, and so does all else until it answers again", n->d.name,
-                  req->losses, req->len, req->off);
+      log_notice ("%s: again and again it has broken off, or said nothing, when it was asked for %" PRIu64
+                  " bytes at byte %" PRIu64 ": that fails, and so does all else until it answers again",
+                  n->d.name, req->len, req->off);
     n->distrust = true;
     nbd_finish (n, req, -ENOTCONN);
     return;
@@ -494,7 +506,7 @@ nbd_conn_lose (struct nbd_conn *c, uint64_t now, const char *why)
     struct nbd_request *req = c->requests.head;
 
     off_connection (req);
-    nbd_recover (n, req);
+    nbd_recover (n, req, c->silent);
   }
 }
 

@@ -77,6 +77,7 @@ struct nbd_conn {
   struct nbd_list requests;     /* in flight */
   unsigned nr;                  /* of them */
   uint64_t last_change;         /* number of the last change acknowledged here */
+  bool silent;                  /* no answer in time */
   bool leaving;                 /* the server, or libnbd, says that no more answers will come */
   int verify_result;            /* 1: no answer yet */
   uint8_t *head;                /* of the export, being verified */
@@ -193,7 +194,7 @@ bool nbd_conn_send (struct nbd_conn *c, struct nbd_request *req, uint64_t now);
 void nbd_conn_lose (struct nbd_conn *c, uint64_t now, const char *why);
 
 /* It was in flight on a connection that is not to be trusted any more: once more, or not. */
-void nbd_recover (struct nbd *n, struct nbd_request *req);
+void nbd_recover (struct nbd *n, struct nbd_request *req, bool silent);
 
 /* Connect the first time, waiting for it, and learn the facts. */
 int nbd_conn_first (struct nbd *n, struct err *err);

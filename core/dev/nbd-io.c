@@ -256,7 +256,7 @@ settle (struct nbd *n)
   while ((req = n->finished.head)) {
     nbd_list_remove (&n->finished, req);
     if (req->result == -EPROTO)
-      nbd_recover (n, req);
+      nbd_recover (n, req, false);
     else
       nbd_finish (n, req, req->result);
   }

@@ -86,6 +86,24 @@ class Served(Contender):
             self.server = None
 
 
+class ServedFar(Served):
+    """A server of what a slow server serves.  command: of the far one."""
+
+    def __init__(self, label, folder, command, slow, load):
+        super().__init__(label, folder, lambda: command(self.far), load)
+        self.slow, self.far = slow, None
+
+    def start(self):
+        self.far = servers.Server(self.folder, self.label.replace(" ", "-") + "-far", self.slow())
+        super().start()
+
+    def close(self):
+        super().close()
+        if self.far:
+            self.far.stop()
+            self.far = None
+
+
 class Startup(Contender):
     """From the command line to the first bytes: seconds.  first: a program that has to
     be run to its end before, within the time.

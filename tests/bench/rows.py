@@ -10,7 +10,7 @@ from typing import Callable, Optional
 
 import loads
 import servers
-from contenders import Program, Served, Startup, Synthetic
+from contenders import Program, Served, ServedFar, Startup, Synthetic
 from scale import GIB, KIB, TIB, human
 
 FILE, QEMU, CHECK, FLAT = "nbdkit file", "qemu-nbd", "qemu-img check", "ours, plain"
@@ -104,6 +104,15 @@ def check_over_nbd(milliseconds):
     return make
 
 
+def copy_over_nbd(s, milliseconds):
+    def make(b):
+        slow = lambda: servers.slow_file(b.images.disk("far"), milliseconds)
+        load = loads.copy_out(b.images.path("copy.log"), s.disk, s.seconds)
+        return [ServedFar("ours", b.folder, lambda far: servers.ours_far(far.uri), slow, load),
+                ServedFar(QEMU, b.folder, lambda far: servers.qemu_far(far.sock), slow, load)]
+    return make
+
+
 def has_uri(b):
     return None if "uri" in b.parameters else "this build has no uri="
 
@@ -174,6 +183,8 @@ def reads(s):
         Row("copy", "nbdcopy to null, " + human(s.disk), "MiB/s",
             lambda b: three(b, loads.copy_out(b.images.path("copy.log"), s.disk, s.seconds)),
             targets(0.95, 1.5), True),
+        Row("copy-nbd-20ms", "nbdcopy to null over NBD, each read taking 20 ms, " + human(s.disk),
+            "MiB/s", copy_over_nbd(s, 20), (Target(QEMU, 10),), needs=has_uri),
     ]
 
 

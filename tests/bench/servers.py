@@ -72,6 +72,16 @@ def ours(image, *parameters):
     return nbdkit(plugin_path(), "file=" + image, *parameters)
 
 
+def ours_far(uri):
+    return nbdkit(plugin_path(), "uri=" + uri)
+
+
+def qemu_far(sock):
+    """The image that another server serves at sock."""
+    far = "driver=qcow2,file.driver=nbd,file.server.type=unix,file.server.path=" + sock
+    return lambda own: ["qemu-nbd", "-t", "-r", "-e", CLIENTS, "-k", own, "--image-opts", far]
+
+
 def raw_file(path):
     """The limit: the same server and protocol, and no format at all."""
     return nbdkit("file", path)
