@@ -72,14 +72,6 @@ try_open (struct bench *b, struct err *err)
   return r;
 }
 
-static void
-forget_reads (struct bench *b)
-{
-  struct recorded_vec v = recorder_take (b->far);
-
-  vec_reset (&v);
-}
-
 /* Those of the fingerprint are not counted. */
 static void
 open_cache (struct bench *b)
@@ -89,7 +81,7 @@ open_cache (struct bench *b)
   assert_ok (try_open (b, &err), &err);
   assert_true (b->d->far);
   assert_int_equal (bdev_size (b->d), b->size);
-  forget_reads (b);
+  recorder_forget (b->far);
 }
 
 static void
@@ -217,7 +209,7 @@ from_front_to_back (void **state)
     read_all (&b, steps[i]);
     assert_false (recorder_read_twice (b.far));
     assert_int_equal (recorder_bytes (b.far, REC_READ), SIZE);
-    forget_reads (&b);
+    recorder_forget (b.far);
     read_all (&b, 100000);
     close_cache (&b);
     qemu_agrees (&b);
@@ -430,7 +422,7 @@ bad_sectors (void **state)
   assert_int_equal (bdev_pread (b.d, buf, 2, 20 * 512 - 1, NULL), -EIO);
   recorder_heal (b.far);
   read_all (&b, 10000);                         /* no error was kept */
-  forget_reads (&b);
+  recorder_forget (b.far);
   read_all (&b, 10000);
   assert_int_equal (recorder_count (b.far, REC_READ), 0);
   close_cache (&b);
@@ -470,7 +462,7 @@ no_space (void **state)
     open_cache (&b);
     limit_files (limit);
     read_all (&b, 4 * UNIT);
-    forget_reads (&b);
+    recorder_forget (b.far);
     read_all (&b, 4 * UNIT);
     again = recorder_bytes (b.far, REC_READ);
     assert_in_range (again, 1, SIZE - limit + 16 * UNIT);
