@@ -177,6 +177,14 @@ recorder_take (struct bdev *d)
   return v;
 }
 
+void
+recorder_forget (struct bdev *d)
+{
+  struct recorded_vec v = recorder_take (d);
+
+  vec_reset (&v);
+}
+
 static uint64_t
 sum (struct bdev *d, enum recorded_op op, bool bytes)
 {

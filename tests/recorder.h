@@ -23,6 +23,7 @@ int recorder_new (struct bdev *under, bool far, struct bdev **ret, struct err *e
 
 /* What was asked for since; the caller resets it.  Forgets it. */
 struct recorded_vec recorder_take (struct bdev *d);
+void recorder_forget (struct bdev *d);
 
 /* Of one kind, since the last recorder_take: requests and bytes. */
 uint64_t recorder_count (struct bdev *d, enum recorded_op op);

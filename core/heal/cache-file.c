@@ -30,6 +30,9 @@
 #define FLUSH_BYTES (UINT64_C (64) << 20)
 #define FLUSH_MS    1000
 
+DEFINE_VEC (cluster_vec, uint64_t);
+DEFINE_VEC (range_vec, struct bdev_range);
+
 struct cache {
   struct bdev d;
   struct bdev *source;
@@ -38,12 +41,11 @@ struct cache {
   pthread_cond_t cond;          /* something has been fetched, or could not be */
   /* protected by lock: bits, by cluster */
   uint64_t *here, *busy;
+  struct cluster_vec fresh;     /* that are here, and no flush has begun since */
   uint64_t unflushed;           /* bytes */
   uint64_t flushed_ms;
   atomic_bool full;             /* nothing more is kept */
 };
-
-DEFINE_VEC (range_vec, struct bdev_range);
 
 static bool
 bit (const uint64_t *bits, uint64_t i)
@@ -69,11 +71,30 @@ stop_keeping (struct cache *c, const struct err *why)
     log_notice ("%s: what is read from now on is not kept: %s", c->d.name, why->msg);
 }
 
-/* Now and then what was kept is made durable; by one thread at a time. */
+/* Bytes whose flush failed may be others when the kernel reads them again. */
+static void
+forget (struct cache *c, struct cluster_vec *clusters)
+{
+  for (size_t i = 0; i < clusters->len; ++i)
+    set_bit (c->here, clusters->ptr[i], false);
+  clusters->len = 0;
+}
+
+static void
+flush_failed (struct cache *c, struct cluster_vec *flushed, const struct err *why)
+{
+  stop_keeping (c, why);
+  LOCK_SCOPE (&c->lock);
+  forget (c, flushed);
+  forget (c, &c->fresh);
+}
+
+/* Now and then what was kept is made durable. */
 static void
 flush_sometimes (struct cache *c, uint64_t len)
 {
   uint64_t now = clock_ms ();
+  struct cluster_vec flushed;
   struct err why = { 0 };
 
   {
@@ -83,9 +104,12 @@ flush_sometimes (struct cache *c, uint64_t len)
       return;
     c->unflushed = 0;
     c->flushed_ms = now;
+    flushed = c->fresh;
+    c->fresh = (struct cluster_vec) VEC_INIT;
   }
   if (bdev_flush (c->view, &why) < 0)
-    stop_keeping (c, &why);
+    flush_failed (c, &flushed, &why);
+  vec_reset (&flushed);
 }
 
 static bool
@@ -111,7 +135,8 @@ keep (struct cache *c, uint64_t off, const uint8_t *buf, uint64_t len)
     if (r < 0)
       break;
     LOCK_SCOPE (&c->lock);
-    set_bit (c->here, (off + at) / UNIT, true);
+    r = cluster_vec_push (&c->fresh, (off + at) / UNIT);
+    set_bit (c->here, (off + at) / UNIT, r == 0);
   }
   if (r < 0 && why.code)
     stop_keeping (c, &why);
@@ -172,6 +197,18 @@ fetch (struct cache *c, uint64_t i, uint64_t nr, uint8_t *to, uint64_t off, uint
   return r == 0 ? 0 : bdev_pread (c->source, to, len, off, err);
 }
 
+/* A disk of ours that has failed is no reason to refuse what can be had elsewhere. */
+static int
+read_kept (struct cache *c, void *buf, uint64_t len, uint64_t off, struct err *err)
+{
+  struct err why = { 0 };
+
+  if (bdev_pread (c->view, buf, len, off, &why) == 0)
+    return 0;
+  log_debug ("%s", why.msg);
+  return bdev_pread (c->source, buf, len, off, err);
+}
+
 static int
 cache_pread (struct bdev *d, void *buf, size_t len, uint64_t off, struct err *err)
 {
@@ -184,7 +221,7 @@ cache_pread (struct bdev *d, void *buf, size_t len, uint64_t off, struct err *er
     bool here = find_run (c, i, end, MAX_FETCH / UNIT, &nr);
 
     n = MIN (len, (i + nr) * UNIT - off);
-    r = here ? bdev_pread (c->view, p, n, off, err) : fetch (c, i, nr, p, off, n, err);
+    r = here ? read_kept (c, p, n, off, err) : fetch (c, i, nr, p, off, n, err);
     p += n;
     off += n;
     len -= n;
@@ -289,6 +326,13 @@ cache_read_many (struct bdev *d, const struct bdev_range *ranges, size_t nr, bde
   return r;
 }
 
+static bool
+wanted_locked (const struct cache *c, uint64_t i)
+{
+  return !bit (c->here, i) && !bit (c->busy, i);
+}
+
+/* Not what is being fetched: who fetches it did not look for what was announced. */
 static int
 cache_cache (struct bdev *d, uint64_t off, uint64_t len, struct err *err)
 {
@@ -296,15 +340,15 @@ cache_cache (struct bdev *d, uint64_t off, uint64_t len, struct err *err)
   uint64_t end = (off + len - 1) / UNIT + 1, size = bdev_size (d);
 
   for (uint64_t i = off / UNIT, n; i < end; i += n) {
-    bool here;
+    bool wanted;
 
     {
       LOCK_SCOPE (&c->lock);
-      here = bit (c->here, i);
-      for (n = 1; i + n < end && bit (c->here, i + n) == here; ++n)
+      wanted = wanted_locked (c, i);
+      for (n = 1; i + n < end && wanted_locked (c, i + n) == wanted; ++n)
         ;
     }
-    if (!here)
+    if (wanted)
       bdev_cache (c->source, i * UNIT, MIN (n * UNIT, size - i * UNIT), NULL);
   }
   return 0;
@@ -341,6 +385,7 @@ cache_close (struct bdev *d)
   bdev_unref (c->source);
   free (c->here);
   free (c->busy);
+  vec_reset (&c->fresh);
   pthread_mutex_destroy (&c->lock);
   pthread_cond_destroy (&c->cond);
   free (c);

@@ -14,8 +14,9 @@
  * would have to go to both.  -EINVAL, with what to do, if the file is no cache of ours, or that of
  * another source or of one that was changed since.
  *
- * A file that cannot take more (no space) is used as it is, with a notice.  What was kept within
- * the last second before this program is killed may be read again.
+ * A file that cannot take more (no space) is used as it is, with a notice; one that cannot be read
+ * is done without.  What was kept in the last second in which anything was may be read again after
+ * this program was killed.
  */
 int cache_file_open (const char *path, struct bdev *source, const char *source_path,
                      struct bdev **ret, struct err *err);
