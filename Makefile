@@ -29,12 +29,22 @@ Q   := $(if $(V),,@)
 say  = $(if $(V),,@printf '  %-5s %s\n' '$(1)' '$(2)')
 
 pkg = $(shell $(PKG_CONFIG) $(1) $(2) 2>/dev/null)
-CORE_LIBS = $(call pkg,--libs,zlib libzstd libnbd) -pthread
+
+# Quicker than zlib: ISA-L, else libdeflate, else neither.  ISAL=no and LIBDEFLATE=no do
+# without although they are there.
+ISAL       ?=
+LIBDEFLATE ?=
+deflate_pkgs := $(firstword $(foreach l,$(if $(filter no,$(ISAL)),,libisal) \
+                                        $(if $(filter no,$(LIBDEFLATE)),,libdeflate), \
+                              $(if $(call pkg,--modversion,$(l)),$(l))))
+deflate_cflags := $(if $(deflate_pkgs),-DHAVE_$(if $(filter libisal,$(deflate_pkgs)),ISAL,LIBDEFLATE) \
+                                       $(call pkg,--cflags,$(deflate_pkgs)))
+CORE_LIBS = $(call pkg,--libs,zlib libzstd libnbd $(deflate_pkgs)) -pthread
 # Asserts stay on, everywhere: a wrong assumption must stop before it writes.
 ALL_CFLAGS = -std=gnu11 -D_GNU_SOURCE -D_FILE_OFFSET_BITS=64 -fPIC -fvisibility=hidden \
              -Wall -Wextra -Wno-unused-parameter -Wno-missing-field-initializers \
              -Wshadow -Wstrict-prototypes -Wmissing-prototypes \
-             -Wvla $(WERROR) -pthread -Icore -MMD -MP $(CFLAGS) $(SANITIZE)
+             -Wvla $(WERROR) -pthread -Icore -MMD -MP $(deflate_cflags) $(CFLAGS) $(SANITIZE)
 
 stack_src := $(wildcard core/*.c)
 layer_src  = $(if $(filter stack,$(1)),$(stack_src),$(wildcard core/$(1)/*.c))
@@ -63,7 +73,7 @@ $(BUILD)/$(1): FORCE
 	$$(shell mkdir -p $(BUILD))$$(file >$$@.new,$$($(1)_state))
 	@if cmp -s $$@.new $$@; then rm -f $$@.new; else mv -f $$@.new $$@; fi
 endef
-flags_state   = $(VERSION) $(CC) $(ALL_CFLAGS) $(LDFLAGS)
+flags_state   = $(VERSION) $(CC) $(ALL_CFLAGS) $(LDFLAGS) $(CORE_LIBS)
 sources_state = $(sort $(foreach l,$(LAYERS),$(call layer_src,$(l))) $(wildcard plugin/*.c))
 $(eval $(call state_rule,flags))
 $(eval $(call state_rule,sources))
@@ -243,7 +253,8 @@ make docs            write docs/FINDINGS.md anew from core/check/findings.def
 make recovery        write docs/recovery.md anew: damage of every kind, and what becomes of it
 make check-layers    who includes whom; make check-headers: each header alone
 make clean
-Variables: V=1 (show the commands), BUILD, CC, CFLAGS, SANITIZE, WERROR=-Werror, JOBS, PKG_CONFIG, plugindir, mandir
+Variables: V=1 (show the commands), BUILD, CC, CFLAGS, SANITIZE, WERROR=-Werror, JOBS, PKG_CONFIG, plugindir, mandir,
+           ISAL=no, LIBDEFLATE=no (build without, though they are there)
 endef
 help:
 	$(info $(HELP))

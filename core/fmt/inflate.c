@@ -1,14 +1,14 @@
 /* Decompressing a cluster with zlib or zstd.
  *
  * The descriptor says where a stream begins and how many sectors it touches,
- * not where it ends: both decoders are given all of that and stop when the
+ * not where it ends: the decoders are given all of that and stop when the
  * cluster is full.  The output is bounded by the caller's buffer, the input by
  * the descriptor, and the decoder's own memory by a limit on zstd's window, as
  * the stream may be anything.
  *
- * A decoder is costly to set up, so those not in use wait in two short lists
- * (as many as requests ever ran at once, up to MAX_IDLE), freed when the
- * library is unloaded.
+ * Deflate is the work of a quicker library where there is one (deflate.c), and of zlib if
+ * that one has any doubt, or cannot stop where it is told to.  A decoder of zstd
+ * cannot stop early at all: a cluster is one block.
  *
  * Deliberately not here: finding the stream, and what to do about a broken one.
  */
@@ -17,40 +17,14 @@
 #include <zlib.h>
 #include <zstd.h>
 
-#include "base/cleanup.h"
+#include "base/idle.h"
+#include "fmt/deflate.h"
 #include "fmt/inflate.h"
-
-#define MAX_IDLE 16
 
 /* Four times the largest cluster: more is needed by no writer of clusters. */
 #define MAX_ZSTD_WINDOW_LOG 23
 
-struct idle {
-  void *ptr[MAX_IDLE];
-  unsigned n;
-};
-
-static pthread_mutex_t idle_lock = PTHREAD_MUTEX_INITIALIZER;
-static struct idle idle_zlib, idle_zstd;        /* protected by idle_lock */
-
-static void *
-idle_take (struct idle *idle)
-{
-  LOCK_SCOPE (&idle_lock);
-
-  return idle->n > 0 ? idle->ptr[--idle->n] : NULL;
-}
-
-static bool
-idle_give (struct idle *idle, void *p)
-{
-  LOCK_SCOPE (&idle_lock);
-
-  if (idle->n == MAX_IDLE)
-    return false;
-  idle->ptr[idle->n++] = p;
-  return true;
-}
+static struct idle idle_zlib = IDLE_INIT, idle_zstd = IDLE_INIT;
 
 /* --- zlib */
 
@@ -100,7 +74,7 @@ inflate_zlib (const void *in, size_t in_len, void *out, size_t out_len, struct e
     zr = err_set (err, ENOMEM, "out of memory");
   else
     zr = err_set (err, EIO, "the zlib stream is broken: %s", what);
-  if (inflateReset2 (z, -15) != Z_OK || !idle_give (&idle_zlib, z))
+  if (inflateReset2 (z, -15) != Z_OK || !idle_give (&idle_zlib, z, MAX_IDLE))
     zlib_free (z);
   return zr;
 }
@@ -144,12 +118,41 @@ inflate_zstd (const void *in, size_t in_len, void *out, size_t out_len, struct e
   }
   if (what == NULL && zr != 0)
     what = "it holds more than a cluster";
-  if (ZSTD_isError (ZSTD_DCtx_reset (z, ZSTD_reset_session_only)) || !idle_give (&idle_zstd, z))
+  if (ZSTD_isError (ZSTD_DCtx_reset (z, ZSTD_reset_session_only)) || !idle_give (&idle_zstd, z, MAX_IDLE))
     ZSTD_freeDCtx (z);
   return what ? err_set (err, EIO, "the zstd stream is broken: %s", what) : 0;
 }
 
 /* --- both */
+
+const char *
+inflate_library (void)
+{
+  return DEFLATE_LIBRARY;
+}
+
+/* libdeflate inflates the whole cluster while zlib is at two thirds of it. */
+bool
+inflate_part_pays (uint8_t type, size_t want, size_t cluster_size)
+{
+#if defined HAVE_LIBDEFLATE && !defined HAVE_ISAL
+  return type == COMPRESSION_ZLIB && want < cluster_size / 3 * 2;
+#else
+  return type == COMPRESSION_ZLIB && want < cluster_size;
+#endif
+}
+
+int
+inflate_part (uint8_t type, const void *in, size_t in_len, void *out, size_t want,
+              struct err *err)
+{
+  assert (type == COMPRESSION_ZLIB);
+#ifdef HAVE_ISAL
+  if (deflate_fast (in, in_len, out, want))
+    return 0;
+#endif
+  return inflate_zlib (in, in_len, out, want, err);
+}
 
 int
 inflate_cluster (uint8_t type, const void *in, size_t in_len, void *out, size_t out_len,
@@ -157,6 +160,8 @@ inflate_cluster (uint8_t type, const void *in, size_t in_len, void *out, size_t 
 {
   switch (type) {
   case COMPRESSION_ZLIB:
+    if (deflate_fast (in, in_len, out, out_len))
+      return 0;
     return inflate_zlib (in, in_len, out, out_len, err);
   case COMPRESSION_ZSTD:
     return inflate_zstd (in, in_len, out, out_len, err);
@@ -167,8 +172,10 @@ inflate_cluster (uint8_t type, const void *in, size_t in_len, void *out, size_t 
 __attribute__ ((destructor)) static void
 free_idle (void)
 {
-  while (idle_zlib.n > 0)
-    zlib_free (idle_zlib.ptr[--idle_zlib.n]);
-  while (idle_zstd.n > 0)
-    ZSTD_freeDCtx (idle_zstd.ptr[--idle_zstd.n]);
+  void *p;
+
+  while ((p = idle_take (&idle_zlib)) != NULL)
+    zlib_free (p);
+  while ((p = idle_take (&idle_zstd)) != NULL)
+    ZSTD_freeDCtx (p);
 }

@@ -2,6 +2,7 @@
 #ifndef QR_FMT_INFLATE_H
 #define QR_FMT_INFLATE_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -22,5 +23,17 @@ enum {
  */
 int inflate_cluster (uint8_t type, const void *in, size_t in_len, void *out, size_t out_len,
                      struct err *err);
+
+/* The first want bytes of a cluster, of a type that can stop there.  What follows
+ * them in the stream is not looked at: that it is broken there, nobody learns.
+ */
+int inflate_part (uint8_t type, const void *in, size_t in_len, void *out, size_t want,
+                  struct err *err);
+
+/* Can it stop there, and is that quicker than to decompress it all? */
+bool inflate_part_pays (uint8_t type, size_t want, size_t cluster_size);
+
+/* "isa-l", "libdeflate" or "zlib": who decompresses deflate. */
+const char *inflate_library (void);
 
 #endif /* QR_FMT_INFLATE_H */

@@ -1,10 +1,18 @@
 /* Compressed clusters: reading them, and a cache of what they decompress to.
  *
- * A cluster is decompressed whole, whatever part of it is asked for, so the
- * last few are kept: in shards, by their descriptor, each a small hash table
+ * What is copied or read here and there is touched once, and a cache only costs
+ * it time and memory.  So a cluster that is asked for as a whole is decompressed right into
+ * the caller's buffer, and where a small piece of it is asked for, decompression stops behind
+ * that if it can.  But a shard remembers whom it met lately: who is met again is
+ * decompressed whole, whatever part of it is asked for, and kept.
+ *
+ * The last few are kept in shards, by their descriptor, each a small hash table
  * and a list with the least recently used last.  Threads that want the same
  * cluster at once wait for the first of them to decompress it; different
  * clusters are decompressed in parallel, since no lock is held meanwhile.
+ *
+ * LIMIT: a small read does not see that a stream is broken behind what it wants; the next one
+ * in that cluster does.
  *
  * Nothing stale can be found: streams are never written here, so the bytes of a
  * descriptor change only when its host clusters were freed and used again.
@@ -23,10 +31,16 @@
 #include <errno.h>
 #include <string.h>
 
+#include "base/idle.h"
 #include "fmt/inflate.h"
 #include "img/image-int.h"
 
 #define MAX_SHARDS 8
+
+/* A read of no more is small: also one by one from end to end, little is done twice. */
+#define SMALL_READ (UINT64_C (32) << 10)        /* bytes; and an eighth of the cluster */
+
+#define SCRATCH_BYTES (UINT64_C (4) << 20)      /* of all idle buffers */
 
 enum state { LOADING, READY, FAILED };
 
@@ -50,14 +64,26 @@ struct shard {
   struct plain **buckets;
   struct plain *newest, *oldest;
   size_t nr;
+  struct plain *spare;          /* memory of one that was unlinked */
+  uint64_t *seen;               /* by hash: host_off of the stream that was read last */
 };
 
 struct compressed {
   /* constant after open */
   unsigned nr_shards;
   size_t max_per_shard, nr_buckets;     /* nr_buckets: a power of two */
+  size_t nr_seen;                       /* likewise */
+  unsigned max_scratch;
   struct shard shards[MAX_SHARDS];
+  struct idle scratch;          /* buffers of scratch_bytes */
 };
+
+/* A stream, which is two clusters' worth of sectors at most, and what comes out. */
+static size_t
+scratch_bytes (const struct image *img)
+{
+  return img->g.cluster_size * 3;
+}
 
 int
 compressed_init (struct image *img, size_t cache_bytes, struct err *err)
@@ -72,11 +98,15 @@ compressed_init (struct image *img, size_t cache_bytes, struct err *err)
   c->max_per_shard = max / c->nr_shards;
   for (c->nr_buckets = 4; c->nr_buckets < c->max_per_shard; c->nr_buckets *= 2)
     ;
+  c->nr_seen = c->nr_buckets * 4;
+  c->max_scratch = MIN (SCRATCH_BYTES / scratch_bytes (img), MAX_IDLE);
+  pthread_mutex_init (&c->scratch.lock, NULL);
   for (unsigned i = 0; i < c->nr_shards; ++i) {
     pthread_mutex_init (&c->shards[i].lock, NULL);
     pthread_cond_init (&c->shards[i].loaded, NULL);
     c->shards[i].buckets = calloc (c->nr_buckets, sizeof c->shards[i].buckets[0]);
-    if (c->shards[i].buckets == NULL)
+    c->shards[i].seen = calloc (c->nr_seen, sizeof c->shards[i].seen[0]);
+    if (!c->shards[i].buckets || !c->shards[i].seen)
       return err_set (err, ENOMEM, "out of memory");
   }
   return 0;
@@ -86,7 +116,10 @@ void
 compressed_free (struct image *img)
 {
   struct compressed *c = img->compressed;
+  void *scratch;
 
+  while (c && (scratch = idle_take (&c->scratch)) != NULL)
+    free (scratch);
   for (unsigned i = 0; c && i < c->nr_shards; ++i) {
     struct shard *sh = &c->shards[i];
 
@@ -96,6 +129,8 @@ compressed_free (struct image *img)
     }
     /* Absent after an open that failed; the locks are there all the same. */
     free (sh->buckets);
+    free (sh->seen);
+    free (sh->spare);
   }
   free (c);
 }
@@ -145,6 +180,16 @@ link_locked (const struct compressed *c, struct shard *sh, struct plain *p)
   sh->nr++;
 }
 
+/* The next to be linked most likely wants as much memory. */
+static void
+dispose_locked (struct shard *sh, struct plain *p)
+{
+  if (sh->spare)
+    free (p);
+  else
+    sh->spare = p;
+}
+
 static void
 unlink_locked (const struct compressed *c, struct shard *sh, struct plain *p)
 {
@@ -157,14 +202,14 @@ unlink_locked (const struct compressed *c, struct shard *sh, struct plain *p)
   p->linked = false;
   sh->nr--;
   if (p->refs == 0)
-    free (p);
+    dispose_locked (sh, p);
 }
 
 static void
-unref_locked (struct plain *p)
+unref_locked (struct shard *sh, struct plain *p)
 {
   if (--p->refs == 0 && !p->linked)
-    free (p);
+    dispose_locked (sh, p);
 }
 
 static struct plain *
@@ -177,19 +222,72 @@ find_locked (const struct compressed *c, struct shard *sh, uint64_t host_off, ui
   return p;
 }
 
+/* Was this stream read lately? */
+static bool
+seen_locked (const struct compressed *c, struct shard *sh, uint64_t host_off)
+{
+  uint64_t *seen = &sh->seen[hash (host_off) / MAX_SHARDS & (c->nr_seen - 1)];
+  bool again = *seen == host_off;
+
+  *seen = host_off;
+  return again;
+}
+
 /* --- reading */
 
+/* Its bytes from in_cluster on, into buf.  No locks held. */
 static int
-load_plain (struct image *img, struct plain *p, struct err *err)
+decompress (struct image *img, uint64_t host_off, uint64_t host_len, uint8_t *buf,
+            uint64_t in_cluster, uint64_t len, struct err *err)
 {
-  CLEANUP_FREE uint8_t *in = malloc (p->host_len);
+  struct compressed *c = img->compressed;
+  uint8_t type = img->header.compression_type;
+  uint8_t *in = idle_take (&c->scratch), *out = buf;
+  uint64_t end = in_cluster + len;
   int r;
 
+  assert (host_len <= img->g.cluster_size * 2);
+  if (in == NULL)
+    in = malloc (scratch_bytes (img));
   if (in == NULL)
     return err_set (err, ENOMEM, "out of memory");
-  r = bdev_pread_padded (img->file, in, p->host_len, p->host_off, err);
-  return r < 0 ? r : inflate_cluster (img->header.compression_type, in, p->host_len,
-                                      p->data, img->g.cluster_size, err);
+  if (in_cluster > 0)
+    out = in + img->g.cluster_size * 2;
+  r = bdev_pread_padded (img->file, in, host_len, host_off, err);
+  if (r == 0 && end == img->g.cluster_size)
+    r = inflate_cluster (type, in, host_len, out, end, err);
+  else if (r == 0)
+    r = inflate_part (type, in, host_len, out, end, err);
+  if (r == 0 && in_cluster > 0)
+    memcpy (buf, out + in_cluster, len);
+  if (!idle_give (&c->scratch, in, c->max_scratch))
+    free (in);
+  return r;
+}
+
+/* Can a read do without the cache as well as with it? */
+static bool
+reads_once (const struct image *img, uint64_t in_cluster, uint64_t len)
+{
+  uint64_t cluster_size = img->g.cluster_size;
+
+  if (len == cluster_size)
+    return true;
+  return len <= MIN (SMALL_READ, cluster_size / 8) &&
+         inflate_part_pays (img->header.compression_type, in_cluster + len, cluster_size);
+}
+
+/* An entry for the cache, with no longer used memory if there is some. */
+static struct plain *
+new_plain_locked (struct image *img, struct shard *sh)
+{
+  struct plain *p;
+
+  while (sh->nr >= img->compressed->max_per_shard)
+    unlink_locked (img->compressed, sh, sh->oldest);
+  p = sh->spare;
+  sh->spare = NULL;
+  return p ? p : malloc (sizeof *p + img->g.cluster_size);
 }
 
 /* Make an entry, which others find and wait for, and fill it.  Called and left
@@ -200,7 +298,7 @@ add_plain_locked (struct image *img, struct shard *sh, uint64_t host_off, uint64
                   struct plain **ret, struct err *err)
 {
   const struct compressed *c = img->compressed;
-  struct plain *p = malloc (sizeof *p + img->g.cluster_size);
+  struct plain *p = new_plain_locked (img, sh);
   int r;
 
   if (p == NULL)
@@ -210,17 +308,15 @@ add_plain_locked (struct image *img, struct shard *sh, uint64_t host_off, uint64
   p->refs = 1;
   p->state = LOADING;
   link_locked (c, sh, p);
-  while (sh->nr > c->max_per_shard)
-    unlink_locked (c, sh, sh->oldest);
   pthread_mutex_unlock (&sh->lock);
-  r = load_plain (img, p, err);
+  r = decompress (img, host_off, host_len, p->data, 0, img->g.cluster_size, err);
   pthread_mutex_lock (&sh->lock);
   p->state = r < 0 ? FAILED : READY;
   pthread_cond_broadcast (&sh->loaded);
   if (r < 0) {
     if (p->linked)
       unlink_locked (c, sh, p);
-    unref_locked (p);
+    unref_locked (sh, p);
     return r;
   }
   *ret = p;
@@ -238,8 +334,28 @@ share_plain_locked (struct shard *sh, struct plain *p)
     pthread_cond_wait (&sh->loaded, &sh->lock);
   if (p->state == READY)
     return p;
-  unref_locked (p);
+  unref_locked (sh, p);
   return NULL;
+}
+
+/* By way of the cache.  Called with the lock held and left without. */
+static int
+read_kept_unlock (struct image *img, struct shard *sh, struct plain *p, uint64_t host_off,
+                  uint64_t host_len, uint8_t *buf, uint64_t in_cluster, uint64_t len,
+                  struct err *err)
+{
+  int r = 0;
+
+  if (p == NULL)
+    r = add_plain_locked (img, sh, host_off, host_len, &p, err);
+  pthread_mutex_unlock (&sh->lock);
+  if (r < 0)
+    return r;
+  memcpy (buf, p->data + in_cluster, len);
+  pthread_mutex_lock (&sh->lock);
+  unref_locked (sh, p);
+  pthread_mutex_unlock (&sh->lock);
+  return 0;
 }
 
 int
@@ -251,27 +367,23 @@ compressed_read (struct image *img, uint64_t host_off, uint64_t host_len, void *
   uint64_t in_cluster = guest_off & (img->g.cluster_size - 1);
   struct plain *p = NULL, *found;
   struct err why = { 0 };
+  bool again;
+  int r;
 
   assert (in_cluster + len <= img->g.cluster_size);
   pthread_mutex_lock (&sh->lock);
   while (p == NULL && (found = find_locked (c, sh, host_off, host_len)) != NULL)
     p = share_plain_locked (sh, found);
-  if (p == NULL) {
-    int r = add_plain_locked (img, sh, host_off, host_len, &p, &why);
-
-    if (r < 0) {
-      pthread_mutex_unlock (&sh->lock);
-      return err_set (err, -r, "%s: the compressed cluster at guest offset 0x%llx (host offset "
-                      "0x%llx): %s", img->view.name, ULL (guest_off - in_cluster), ULL (host_off),
-                      why.msg);
-    }
+  again = seen_locked (c, sh, host_off);
+  if (p == NULL && !again && reads_once (img, in_cluster, len)) {
+    pthread_mutex_unlock (&sh->lock);
+    r = decompress (img, host_off, host_len, buf, in_cluster, len, &why);
   }
-  pthread_mutex_unlock (&sh->lock);
-  memcpy (buf, p->data + in_cluster, len);
-  pthread_mutex_lock (&sh->lock);
-  unref_locked (p);
-  pthread_mutex_unlock (&sh->lock);
-  return 0;
+  else
+    r = read_kept_unlock (img, sh, p, host_off, host_len, buf, in_cluster, len, &why);
+  return r == 0 ? 0 :
+    err_set (err, -r, "%s: the compressed cluster at guest offset 0x%llx (host offset 0x%llx): %s",
+             img->view.name, ULL (guest_off - in_cluster), ULL (host_off), why.msg);
 }
 
 /* --- forgetting */
