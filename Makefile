@@ -134,11 +134,15 @@ BENCH_ARGS ?=
 bench = PLUGIN=$(abspath $(PLUGIN)) BUILD=$(abspath $(BUILD)) \
         python3 tests/bench/bench.py --json $(BUILD)/bench.json $(BENCH_ARGS)
 
-bench: deps-bench all $(bench_programs)
+bench: bench-built
 	@$(bench) $(BENCH)
 
-bench-quick: deps-bench all $(bench_programs)
+bench-quick: bench-built
 	@$(bench) --quick $(BENCH)
+
+# By a make of its own, which finds what has just been installed.
+bench-built: deps-bench
+	@$(MAKE) --no-print-directory all $(bench_programs)
 
 # --- documents made from the table of findings
 gen_findings := $(BUILD)/tests/gen-findings
@@ -211,9 +215,11 @@ serve:
 # --- packages
 deps:
 	@tests/deps.sh --install build unit test serve
+	@tests/deps.sh --extras build
 
 deps-bench:
 	@tests/deps.sh --install build bench
+	@tests/deps.sh --extras build
 
 deps-check:
 	@tests/deps.sh --install build unit test
@@ -263,5 +269,5 @@ help:
 -include $(shell find $(BUILD) -name '*.d' 2>/dev/null)
 
 FORCE:
-.PHONY: all unit bench bench-quick docs recovery check check-built check-units sanitize soak check-layers \
+.PHONY: all unit bench bench-quick bench-built docs recovery check check-built check-units sanitize soak check-layers \
         check-headers serve deps deps-bench deps-check install uninstall clean help FORCE

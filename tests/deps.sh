@@ -3,6 +3,7 @@
 #
 #   deps.sh --have GROUP...      exit 1 and say what is missing, if anything is
 #   deps.sh --install GROUP...   install what is missing, and nothing if nothing is
+#   deps.sh --extras GROUP...    install what may be missing, if it can be had
 #   deps.sh --list GROUP...      name the packages, missing or not
 #
 # Groups: build, unit (unit tests), test (tests/t), serve, bench, soak.
@@ -13,12 +14,16 @@ set -u
 # pc:NAME>=VERSION asks pkg-config; py:NAMES asks for modules of python3;
 # fio:ENGINE asks fio for an engine; nbdkit:NAME and filter:NAME ask nbdkit.
 # Not here: sshd, which Debian starts when it is installed.  Tests use one that is there.
+# GROUP? is for what the group can do without: it is installed with the rest of the group, if it
+# can be had, and never missed.
 table='
 build | cmd:pkg-config        | pkg-config          | pkgconf-pkg-config
 build | pc:nbdkit>=1.32       | nbdkit-plugin-dev   | nbdkit-devel
 build | pc:libnbd>=1.14       | libnbd-dev          | libnbd-devel
 build | pc:zlib               | zlib1g-dev          | zlib-devel
 build | pc:libzstd            | libzstd-dev         | libzstd-devel
+build? | pc:libisal           | libisal-dev         | isa-l-devel
+build? | pc:libdeflate        | libdeflate-dev      | libdeflate-devel
 build | cmd:cc                | gcc libc6-dev       | gcc
 build | cmd:pod2man           | perl                | perl-podlators
 unit  | pc:cmocka             | libcmocka-dev       | libcmocka-devel
@@ -92,11 +97,15 @@ else
   column=0
 fi
 
-missing=() packages=()
+missing=() packages=() extras=()
 while IFS='|' read -r group what deb rpm; do
   read -r group <<<"$group"; read -r what <<<"$what"
-  [[ -n $group && $groups == *" $group "* ]] || continue
+  [[ -n $group && $groups == *" ${group%\?} "* ]] || continue
   if [[ $action != --list ]] && have "$what"; then continue; fi
+  if [[ $group == *\? && $action != --list ]]; then
+    case $column in 3) extras+=($deb) ;; 4) extras+=($rpm) ;; esac
+    continue
+  fi
   case $what in py:*) missing+=("python3 (${what#py:})") ;; fio:*) missing+=("fio (${what#fio:})") ;; nbdkit:*|filter:*) missing+=("nbdkit (${what#*:})") ;; *) missing+=("${what#*:}") ;; esac
   case $column in
     3) packages+=($deb) ;;
@@ -129,6 +138,19 @@ install_deb ()
   as_root apt-get -q update </dev/null && as_root "${get[@]}" install "$@" </dev/null
 }
 
+# One by one: a system may lack some of them.
+install_extras ()
+{
+  local p
+
+  for p in "${extras[@]}"; do
+    case $column in
+      3) as_root env DEBIAN_FRONTEND=noninteractive apt-get -y -q --no-install-recommends install "$p" ;;
+      4) as_root dnf -y install "$p" ;;
+    esac </dev/null >/dev/null 2>&1 || echo "qcow2repair: not to be had, and not needed: $p"
+  done
+}
+
 case $action in
   --list)
     printf '%s\n' "${packages[@]}"
@@ -152,7 +174,11 @@ case $action in
     else
       as_root dnf -y install "${packages[@]}" </dev/null
     fi || { echo "qcow2repair: could not install: ${packages[*]}" >&2; exit 1; }
+    install_extras
     exec "$0" --have "$@"
+    ;;
+  --extras)
+    install_extras
     ;;
   *)
     sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2

@@ -2,8 +2,8 @@
  *
  * Only a clear yes of theirs counts, all else is left to zlib: so a stream that
  * zlib would take is taken, and one that is refused is with zlib's words, whatever was built.
- * The one difference that fuzzing finds the other way: ISA-L takes some headers with an
- * incomplete code, which zlib and libdeflate refuse.
+ * The other way there are differences, which random damage hardly ever meets: ISA-L takes some
+ * headers with an incomplete code, and libdeflate two symbols that mean nothing.
  *
  * libdeflate knows whole streams only.  One that goes on past out_len is left to
  * zlib, too: what is in out then is not documented.

@@ -118,7 +118,8 @@ inflate_zstd (const void *in, size_t in_len, void *out, size_t out_len, struct e
   }
   if (what == NULL && zr != 0)
     what = "it holds more than a cluster";
-  if (ZSTD_isError (ZSTD_DCtx_reset (z, ZSTD_reset_session_only)) || !idle_give (&idle_zstd, z, MAX_IDLE))
+  if (ZSTD_isError (ZSTD_DCtx_reset (z, ZSTD_reset_session_only)) ||
+      !idle_give (&idle_zstd, z, MAX_IDLE))
     ZSTD_freeDCtx (z);
   return what ? err_set (err, EIO, "the zstd stream is broken: %s", what) : 0;
 }

@@ -6,6 +6,7 @@
 #include <pthread.h>
 
 #include "fmt/entry.h"
+#include "fmt/inflate.h"
 
 static char *dir;
 
@@ -364,6 +365,95 @@ decompressed_once (void **state)
   free (m.bytes);
 }
 
+/* A small read costs nothing that the next read needs; who is met again is kept. */
+static void
+kept_when_met_again (void **state)
+{
+  static const char *types[] = { "zlib", "zstd" };
+
+  require_program ("qemu-img");
+  for (unsigned t = 0; t < 2; ++t) {
+    struct counter *c = calloc (1, sizeof *c);
+    struct err err = { 0 };
+    uint64_t guest_off;
+    struct l2_entry e;
+    struct bdev *view;
+    struct model m;
+    char options[40];
+    unsigned before;
+
+    model_init (&m, 4 << 20, 16, 8);
+    fill_model (&m);
+    snprintf (options, sizeof options, "compression_type=%s", types[t]);
+    c->under = make_file (&m, options, false);
+    assert_ok (bdev_init (&c->dev, &counter_ops, "counter", bdev_size (c->under), false, false,
+                          &err), &err);
+    view = open_view (&c->dev, NULL, 0);
+    find_entry (c->under, 2, &guest_off, &e);
+    check_read (view, &m, guest_off + 65536, 65536);      /* the L2 table */
+    before = c->reads;
+    check_read (view, &m, guest_off + 20000, 3000);
+    assert_int_equal (c->reads, before + 1);
+    check_read (view, &m, guest_off + 60000, 3000);
+    assert_int_equal (c->reads, before + (t == 0 ? 2 : 1));
+    before = c->reads;
+    check_read (view, &m, guest_off + 100, 4096);
+    check_read (view, &m, guest_off, 65536);
+    assert_int_equal (c->reads, before);
+    /* The other one was read as a whole, and is kept from now on. */
+    check_read (view, &m, guest_off + 65536, 65536);
+    assert_int_equal (c->reads, before + 1);
+    check_read (view, &m, guest_off + 65536, 65536);
+    assert_int_equal (c->reads, before + 1);
+    bdev_unref (view);
+    bdev_unref (&c->dev);
+    free (m.bytes);
+  }
+}
+
+/* What lies before the damage may be read, by a small read, and is right then; whoever needs
+ * the whole cluster is told.
+ */
+static void
+broken_behind (void **state)
+{
+  uint8_t *buf = malloc (65536), *in = malloc (131072), *junk;
+  struct bdev *file, *view;
+  struct err err = { 0 };
+  struct l2_entry e;
+  struct model m;
+  uint64_t guest_off;
+  unsigned n = 0;
+
+  require_program ("qemu-img");
+  model_init (&m, 4 << 20, 16, 6);
+  fill_model (&m);
+  file = make_file (&m, "compat=1.1", false);
+  do
+    find_entry (file, ++n, &guest_off, &e);
+  while (e.host_len < 20000);
+  assert_ok (bdev_pread (file, in, e.host_len, e.host_off, &err), &err);
+  junk = in + e.host_len / 2;
+  do                            /* most junk is a valid stream for a while, some to the end */
+    for (unsigned i = 0; i < 2048; ++i)
+      junk[i] = test_random (&m.rng);
+  while (inflate_cluster (COMPRESSION_ZLIB, in, e.host_len, buf, 65536, NULL) == 0);
+  assert_ok (bdev_pwrite (file, in, e.host_len, e.host_off, 0, &err), &err);
+  view = open_view (file, NULL, 0);
+  check_read (view, &m, guest_off, 700);
+  assert_int_equal (bdev_pread (view, buf, 700, guest_off, NULL), -EIO);
+  assert_int_equal (bdev_pread (view, buf, 4096, guest_off + 61440, NULL), -EIO);
+  assert_int_equal (bdev_pread (view, buf, 65536, guest_off, NULL), -EIO);
+  check_read (view, &m, guest_off - 65536, 65536);
+  /* A write to a part of it needs the rest. */
+  assert_int_equal (bdev_pwrite (view, buf, 512, guest_off + 1000, 0, NULL), -EIO);
+  bdev_unref (view);
+  bdev_unref (file);
+  free (m.bytes);
+  free (in);
+  free (buf);
+}
+
 /* Readers of one half of the disk while the other half, whose streams share
  * host clusters with it, is overwritten and the space used again.
  */
@@ -427,6 +517,8 @@ main (void)
     cmocka_unit_test (broken_stream),
     cmocka_unit_test (bad_descriptors),
     cmocka_unit_test (decompressed_once),
+    cmocka_unit_test (kept_when_met_again),
+    cmocka_unit_test (broken_behind),
     cmocka_unit_test (neighbours_kept),
   };
 
