@@ -156,7 +156,8 @@ static int
 make_device (struct layer *l, struct bdev *behind, const struct chain_options *opts,
              struct bdev **ret, struct err *err)
 {
-  struct image_options iopts = { .backing = behind, .read_only = true };
+  struct image_options iopts = { .backing = behind, .read_only = true,
+                                 .careful = !l->raw && !check_sound (l->before) };
   struct layer data = { NULL };
   int r = 0;
 

@@ -296,6 +296,7 @@ open_view (struct stack *s, const struct snapshot *snapshot, bool read_only,
   struct image_options iopts = {
     .cache_size = s->cache_size, .read_only = read_only, .backing = s->backing,
     .data_file = s->data.healed, .snapshot = snapshot,
+    .careful = !s->top.before || !check_sound (s->top.before),
   };
 
   int r = image_open (s->top.healed, &iopts, ret, err);

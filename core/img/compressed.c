@@ -12,7 +12,7 @@
  * clusters are decompressed in parallel, since no lock is held meanwhile.
  *
  * LIMIT: a small read does not see that a stream is broken behind what it wants; the next one
- * in that cluster does.
+ * in that cluster does.  Not so in an image that was damaged (img->careful).
  *
  * Nothing stale can be found: streams are never written here, so the bytes of a
  * descriptor change only when its host clusters were freed and used again.
@@ -273,7 +273,7 @@ reads_once (const struct image *img, uint64_t in_cluster, uint64_t len)
 
   if (len == cluster_size)
     return true;
-  return len <= MIN (SMALL_READ, cluster_size / 8) &&
+  return !img->careful && len <= MIN (SMALL_READ, cluster_size / 8) &&
          inflate_part_pays (img->header.compression_type, in_cluster + len, cluster_size);
 }
 

@@ -127,6 +127,7 @@ struct image {
   struct bdev *data;            /* where guest clusters lie: file, or the external data file */
   struct header header;
   struct geom g;
+  bool careful;                 /* as in the options */
   bool raw_data;                /* the data file must be readable as a raw image */
   unsigned unit_bits;           /* log2 of bytes in a subcluster; without any, in a cluster */
   uint64_t unit_size;

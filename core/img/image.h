@@ -19,6 +19,8 @@ struct image_options {
                                    the image takes its own reference */
   size_t cache_size;            /* bytes for cached metadata; 0 = default (16 MiB);
                                    half as much again for decompressed clusters */
+  bool careful;                 /* the image was damaged: compressed clusters are always decompressed
+                                   whole, so that what is broken in them is noticed */
   bool read_only;               /* never write, even where the file is writable */
   struct bdev *data_file;       /* the external data file, for images that have one, and only
                                    for them; the image takes its own reference */

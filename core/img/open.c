@@ -324,6 +324,7 @@ image_open (struct bdev *file, const struct image_options *opts,
   ahead_hint (file, 0, HEAD_BYTES);
   img->file = bdev_ref (file);
   img->backing = bdev_ref (opts->backing);
+  img->careful = opts->careful;
   r = init_locks (img, &why);
   if (r == 0)
     r = read_header (img, opts->data_file, writable, &why);

@@ -424,6 +424,7 @@ broken_behind (void **state)
   struct model m;
   uint64_t guest_off;
   unsigned n = 0;
+  struct image_options careful = { .careful = true };
 
   require_program ("qemu-img");
   model_init (&m, 4 << 20, 16, 6);
@@ -447,6 +448,11 @@ broken_behind (void **state)
   check_read (view, &m, guest_off - 65536, 65536);
   /* A write to a part of it needs the rest. */
   assert_int_equal (bdev_pwrite (view, buf, 512, guest_off + 1000, 0, NULL), -EIO);
+  bdev_unref (view);
+  /* In an image that was damaged, nobody is given what may be broken. */
+  assert_ok (image_open (file, &careful, &view, &err), &err);
+  assert_int_equal (bdev_pread (view, buf, 700, guest_off, NULL), -EIO);
+  check_read (view, &m, guest_off - 65536, 700);
   bdev_unref (view);
   bdev_unref (file);
   free (m.bytes);
