@@ -594,6 +594,25 @@ written_meanwhile (void **state)
   end_line (&l);
 }
 
+/* Nor are those that were read ahead while it was under way. */
+static void
+announced_meanwhile (void **state)
+{
+  struct line l = connect_line ((struct nbdserver_options) { 0 }, 20, 20);
+  struct doing o;
+  struct rule rule;
+
+  all (&l, &rule, SRV_WRITE, SRV_HOLD);
+  begin (&o, l.d, SRV_WRITE, 65536, 4096);      /* zeros */
+  assert_true (nbdserver_await_held (l.s, 1));
+  bdev_cache (l.d, 65536, 65536, NULL);
+  reads_right (&l, 65536, 4096);                /* the old ones */
+  nbdserver_release (l.s);
+  assert_int_equal (result_of (&o), 0);
+  reads_right (&l, 65536, 65536);
+  end_line (&l);
+}
+
 /* What was a hole is none once it was written. */
 static void
 holes_change (void **state)
@@ -790,6 +809,23 @@ rest_often (struct line *l)
     nbd_rest ();
 }
 
+struct hasty {
+  struct bdev *d;
+  unsigned failed;
+  pthread_t thread;
+};
+
+static void *
+read_hastily (void *opaque)
+{
+  struct hasty *h = opaque;
+  uint8_t buf[512];
+
+  for (unsigned i = 0; i < 3000; ++i)
+    h->failed += bdev_pread (h->d, buf, 512, i * 512, NULL) < 0;
+  return NULL;
+}
+
 /* Nobody's request is forgotten when the I/O thread comes to rest. */
 static void
 threads_and_rest (void **state)
@@ -800,6 +836,23 @@ threads_and_rest (void **state)
   all_work (&l, rest_often);
   nbd_rest ();
   all_work (&l, NULL);
+  end_line (&l);
+}
+
+/* With one thread, nothing is under way again and again. */
+static void
+requests_and_rest (void **state)
+{
+  struct line l = connect_line ((struct nbdserver_options) { 0 }, 20, 20);
+  struct hasty h = { .d = l.d };
+
+  pthread_create (&h.thread, NULL, read_hastily, &h);
+  for (unsigned i = 2; i < 2500; ++i) {
+    assert_true (nbdserver_await (l.s, SRV_READ, i));
+    nbd_rest ();
+  }
+  pthread_join (h.thread, NULL);
+  assert_int_equal (h.failed, 0);
   end_line (&l);
 }
 
@@ -935,10 +988,12 @@ main (void)
     cmocka_unit_test (part_of_a_block),
     cmocka_unit_test (as_large_as_can_be),
     cmocka_unit_test (written_meanwhile),
+    cmocka_unit_test (announced_meanwhile),
     cmocka_unit_test (holes_change),
     cmocka_unit_test (asked_at_once),
     cmocka_unit_test (threads_and_drops),
     cmocka_unit_test (threads_and_rest),
+    cmocka_unit_test (requests_and_rest),
     cmocka_unit_test (closed_while_stalled),
     cmocka_unit_test (closed_while_gone),
     cmocka_unit_test (closed_politely),

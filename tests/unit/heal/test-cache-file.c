@@ -479,6 +479,21 @@ no_space (void **state)
   }
 }
 
+/* What was kept can be read no more: it is read where it came from. */
+static void
+file_lost (void **state)
+{
+  struct bench b = new_bench (SIZE);
+
+  open_cache (&b);
+  read_all (&b, UNIT);
+  recorder_forget (b.far);
+  assert_int_equal (truncate (b.cache, 20 * UNIT), 0);
+  read_all (&b, UNIT);
+  assert_in_range (recorder_bytes (b.far, REC_READ), SIZE / 2, SIZE);
+  free_bench (&b);
+}
+
 /* --- refusals */
 
 static void
@@ -599,6 +614,7 @@ main (void)
     cmocka_unit_test (killed_late),
     cmocka_unit_test (bad_sectors),
     cmocka_unit_test (no_space),
+    cmocka_unit_test (file_lost),
     cmocka_unit_test (other_sources),
     cmocka_unit_test (other_files),
     cmocka_unit_test (in_use),
