@@ -23,9 +23,13 @@ require_uri ()
     grep -E -q '^qcow2repair_parameters=(.*,)?uri(,|$)' || skip_all "no uri="
 }
 
-# far_pid FILE: remember who is there, to be ended.
+# far_pid FILE: remember who is there, to be ended.  nbdkit's parent may be gone before its child has
+# written the file.
 far_pid ()
 {
+  local n=0
+
+  while [ ! -s "$1" ] && [ $((n += 1)) -le 1000 ]; do sleep 0.01; done
   far_server_pid=$(cat "$1") && started_pids+=("$far_server_pid")
 }
 

@@ -201,6 +201,21 @@ end_verifying (struct nbd_conn *c, uint64_t now)
   become_ready (c, now);
 }
 
+bool
+nbd_conn_ended (const struct nbd_conn *c)
+{
+  return nbd_aio_is_dead (c->h) || nbd_aio_is_closed (c->h);
+}
+
+/* libnbd's last error may be of something else, if this was none. */
+static const char *
+why_ended (const struct nbd_conn *c)
+{
+  const char *s = nbd_aio_is_dead (c->h) ? nbd_get_error () : NULL;
+
+  return s ? s : "the server closed it";
+}
+
 /* libnbd may have got further with it. */
 static void
 advance (struct nbd_conn *c, uint64_t now)
@@ -208,8 +223,8 @@ advance (struct nbd_conn *c, uint64_t now)
   struct nbd_facts f;
   struct err why = { 0 };
 
-  if (nbd_aio_is_dead (c->h) || nbd_aio_is_closed (c->h))
-    nbd_conn_lose (c, now, libnbd_says ());
+  if (nbd_conn_ended (c))
+    nbd_conn_lose (c, now, why_ended (c));
   else if (c->leaving)
     nbd_conn_lose (c, now, "the server is shutting down");
   else if (c->state == NBD_CONN_CONNECTING && nbd_aio_is_ready (c->h)) {
@@ -414,7 +429,7 @@ nbd_conn_send (struct nbd_conn *c, struct nbd_request *req, uint64_t now)
   if (issue (c->h, req) >= 0)
     return true;
   off_connection (req);
-  if (nbd_aio_is_dead (c->h) || nbd_aio_is_closed (c->h))
+  if (nbd_conn_ended (c))
     return false;
   /* libnbd itself refuses: a mistake of ours, or no memory. */
   log_debug ("%s: %s", n->d.name, libnbd_says ());

@@ -181,6 +181,9 @@ int nbd_conn_start (struct nbd *n, struct nbd_conn *c, struct err *err);
 /* Something may have happened on its socket (poll's revents). */
 void nbd_conn_event (struct nbd_conn *c, short revents, uint64_t now);
 
+/* Nothing more will come from its handle. */
+bool nbd_conn_ended (const struct nbd_conn *c);
+
 /* poll's events for it. */
 short nbd_conn_events (const struct nbd_conn *c);
 

@@ -308,7 +308,8 @@ wait_for_events (struct nbd *n, uint64_t now)
   for (unsigned i = 0; i < NBD_MAX_CONNS; ++i) {
     struct nbd_conn *c = &n->conns[i];
 
-    fds[i + 1].fd = c->h ? nbd_aio_get_fd (c->h) : -1;
+    /* Asking one that has ended would put that error in the place of what ended it. */
+    fds[i + 1].fd = c->h && !nbd_conn_ended (c) ? nbd_aio_get_fd (c->h) : -1;
     fds[i + 1].events = nbd_conn_events (c);
   }
   if (poll (fds, NBD_MAX_CONNS + 1, poll_timeout (n, now)) < 0)

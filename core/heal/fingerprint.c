@@ -232,26 +232,27 @@ int
 fingerprint_compare (const struct fingerprint *then, const struct fingerprint *now,
                      const char *path, const char *source, struct err *err)
 {
+  const char *what = then->state == OVERLAY_CACHE ? "cache" : "overlay";
   char a[96], b[96];
 
   if (then->source_size != now->source_size)
-    return err_set (err, EINVAL, "%s: this overlay belongs to an image of %" PRIu64 " bytes, but "
-                    "%s has %" PRIu64 ".  Name the image that it was made for, or another overlay",
-                    path, then->source_size, source, now->source_size);
+    return err_set (err, EINVAL, "%s: this %s belongs to an image of %" PRIu64 " bytes, but "
+                    "%s has %" PRIu64 ".  Name the image that it was made for, or another %s",
+                    path, what, then->source_size, source, now->source_size, what);
   if ((then->edges_crc != now->edges_crc && !then->edges_unread && !now->edges_unread)
       || (then->samples_crc != now->samples_crc && !then->samples_unread && !now->samples_unread))
-    return err_set (err, EINVAL, "%s: this overlay was made for an image with other contents than "
+    return err_set (err, EINVAL, "%s: this %s was made for an image with other contents than "
                     "%s has now: it is another image, or it was written to since.  Name the "
                     "right image; if this one was changed on purpose (committed, for example), "
-                    "use a new overlay", path, source);
+                    "use a new %s", path, what, source, what);
   if (then->has_mtime && now->has_mtime
       && (then->mtime_sec != now->mtime_sec || then->mtime_nsec != now->mtime_nsec)) {
     format_time (then->mtime_sec, then->mtime_nsec, a, sizeof a);
     format_time (now->mtime_sec, now->mtime_nsec, b, sizeof b);
-    return err_set (err, EINVAL, "%s: %s was changed at %s, after this overlay was made over it "
-                    "(then: %s), so the overlay no longer fits.  If you are certain that the "
+    return err_set (err, EINVAL, "%s: %s was changed at %s, after this %s was made over it "
+                    "(then: %s), so the %s no longer fits.  If you are certain that the "
                     "bytes are the same (a plain copy): touch -d '%s' %s",
-                    path, source, b, a, a, source);
+                    path, source, b, what, a, what, a, source);
   }
   return 0;
 }

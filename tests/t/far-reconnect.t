@@ -53,6 +53,7 @@ far_stop KILL
 far_qemu a.qcow2
 ok "the server was started anew: all is right" answers "ok right=67108864 failed=0 wrong=0" \
   "$server_uri" "scan 1048576 a.qcow2.raw"
+ok "the messages tell why it was lost" not grep -E 'lost \((unknown error|nbd_aio_get_fd)' s.log
 server_stop
 
 done_testing

@@ -516,13 +516,13 @@ other_sources (void **state)
   read_all (&b, UNIT);
   close_cache (&b);
   run ("cp %s %s", b.cache, larger.cache);
-  refused (&larger, "bytes");
+  refused (&larger, "another cache");
   b.bytes[5]++;                                 /* changed, and its time with it */
   write_source (&b);
-  refused (&b, "contents");
+  refused (&b, "this cache was made for an image with other contents");
   b.bytes[5]--;
   write_source (&b);
-  refused (&b, "was changed");
+  refused (&b, "after this cache was made");
   assert_int_equal (stat (b.cache, &st), 0);    /* it was left alone */
   assert_true (st.st_size > (off_t) SIZE / 2);
   free_bench (&b);
