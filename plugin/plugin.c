@@ -3,7 +3,7 @@
  * All work is elsewhere: config.c reads the parameters, start.c opens, checks
  * and heals the image (before nbdkit forks, so that errors are seen and no
  * thread is lost in the fork), exports.c answers what clients negotiate, io.c
- * carries the requests.
+ * carries the requests, quit.c notices the end.
  *
  * On the way out nbdkit waits for running requests, closes the connections and
  * then calls cleanup: there the image is flushed and closed (dirty bit cleared,
@@ -42,6 +42,7 @@ plugin_load (void)
 static void
 plugin_unload (void)
 {
+  quit_unwatch ();
   stop ();
   config_reset ();
   log_set_debug_hook (NULL);
@@ -101,6 +102,7 @@ static struct nbdkit_plugin plugin = {
   .config_help        = config_help,
   .magic_config_key   = "file",
   .get_ready          = start,
+  .after_fork         = quit_watch,
   .cleanup            = stop,
 
   .list_exports       = exports_list,

@@ -19,6 +19,12 @@ extern struct stack *served;
 int start (void);
 void stop (void);
 
+/* quit.c: nbdkit's .after_fork: from the signal on that ends nbdkit, nobody waits for a far server
+ * that is gone.  unwatch: before this code is unloaded.
+ */
+int quit_watch (void);
+void quit_unwatch (void);
+
 /* report-file.c: write the JSON report to path, whole or not at all.  s may be
  * NULL (nothing could be opened), failure too (nothing went wrong).  0 or
  * -errno.

@@ -548,6 +548,15 @@ nbdserver_await_held (struct nbdserver *s, unsigned nr)
   return await_locked (s, &s->nr_held, nr);
 }
 
+void
+nbdserver_forget (struct nbdserver *s)
+{
+  pthread_mutex_lock (&s->lock);
+  s->nr = 0;
+  memset (s->counts, 0, sizeof s->counts);
+  pthread_mutex_unlock (&s->lock);
+}
+
 unsigned
 nbdserver_count (struct nbdserver *s, unsigned kind)
 {

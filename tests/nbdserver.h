@@ -66,6 +66,9 @@ void nbdserver_release (struct nbdserver *s);
 bool nbdserver_await (struct nbdserver *s, unsigned kind, unsigned nr);
 bool nbdserver_await_held (struct nbdserver *s, unsigned nr);
 
+/* The requests so far do not count. */
+void nbdserver_forget (struct nbdserver *s);
+
 unsigned nbdserver_count (struct nbdserver *s, unsigned kind);
 unsigned nbdserver_conns (struct nbdserver *s);         /* made so far */
 

@@ -207,7 +207,7 @@ new_piece_locked (struct nbd *n, uint64_t off, uint64_t len)
   p->users = 1;
   pthread_cond_init (&p->cond, NULL);
   p->req = (struct nbd_request) { .op = NBD_READ, .buf = p->buf, .off = off, .len = len,
-                                  .done = fetched, .opaque = p };
+                                  .hint = true, .done = fetched, .opaque = p };
   a->bytes += len;
   a->loading += len;
   link_locked (a, p);

@@ -2,8 +2,8 @@
  *
  * Life: connecting, then verifying, ready, lost.  All without blocking but for the first one,
  * which whoever opens the device waits for.  Every later connection must lead to the same
- * export: of the same size, as writable, and (as long as nothing was written from here) with the
- * same first bytes.  Another one counts as none at all, since bytes of two disks mixed would be
+ * export: of the same size, as writable, and with the same bytes in many places
+ * (nbd-verify.c).  Another one counts as none at all, since bytes of two disks mixed would be
  * worse than none.
  *
  * A connection that owes answers and has given no sign of life for the timeout is lost, and so is
@@ -126,6 +126,10 @@ compare_facts (struct nbd *n, const struct nbd_facts *f)
     snprintf (n->why, room, "the export has other block sizes now");
   else if (n->d.writable && f->read_only)
     snprintf (n->why, room, "the export is read-only now");
+  else if ((n->facts.can_flush && !f->can_flush) || (n->facts.can_fua && !f->can_fua)
+           || (n->facts.can_zero && !f->can_zero) || (n->facts.can_trim && !f->can_trim)
+           || (n->facts.can_extents && !f->can_extents))
+    snprintf (n->why, room, "the server can do less now than before");
   else
     return NULL;
   return n->why;
@@ -142,31 +146,21 @@ refuse_other_export (struct nbd *n, const char *why)
     snprintf (n->why, sizeof n->why, "%s", why);
 }
 
-static int
-verify_answered (void *opaque, int *error)
+static bool
+any_ready (const struct nbd *n)
 {
-  struct nbd_conn *c = opaque;
-
-  c->verify_result = -*error;
-  return 1;
+  for (unsigned i = 0; i < NBD_MAX_CONNS; ++i)
+    if (n->conns[i].state == NBD_CONN_READY)
+      return true;
+  return false;
 }
 
-/* Ask for the first bytes, or be ready at once. */
 static void
 begin_verifying (struct nbd_conn *c, uint64_t now)
 {
-  struct nbd *n = c->n;
-  nbd_completion_callback cb = { .callback = verify_answered, .user_data = c };
-
   c->state = NBD_CONN_VERIFYING;
-  c->verify_result = 0;
-  if (!n->head || atomic_load (&n->changed))
-    return;
-  if (!c->head)
-    c->head = malloc (n->head_len);
-  c->verify_result = 1;
-  if (!c->head || nbd_aio_pread (c->h, c->head, n->head_len, 0, cb, 0) < 0)
-    nbd_conn_lose (c, now, "the first bytes cannot be read");
+  if (!nbd_verify_begin (c, any_ready (c->n)))
+    nbd_conn_lose (c, now, "samples of the disk cannot be asked for");
 }
 
 static void
@@ -187,18 +181,18 @@ become_ready (struct nbd_conn *c, uint64_t now)
 static void
 end_verifying (struct nbd_conn *c, uint64_t now)
 {
-  struct nbd *n = c->n;
+  bool same;
 
-  if (c->verify_result > 0)
+  if (!nbd_verify_done (c))
     return;
-  /* An error of the disk says nothing about which disk it is. */
-  if (c->verify_result == 0 && n->head && c->head && !atomic_load (&n->changed)
-      && memcmp (c->head, n->head, n->head_len) != 0) {
-    refuse_other_export (n, "its first bytes are others");
-    nbd_conn_lose (c, now, NULL);
+  same = nbd_verify_same (c);
+  nbd_verify_free (c);
+  if (same) {
+    become_ready (c, now);
     return;
   }
-  become_ready (c, now);
+  refuse_other_export (c->n, "it has other bytes");
+  nbd_conn_lose (c, now, NULL);
 }
 
 bool
@@ -274,7 +268,7 @@ nbd_conn_event (struct nbd_conn *c, short revents, uint64_t now)
 static uint64_t
 patience (const struct nbd *n)
 {
-  return atomic_load (&n->hasty) ? MIN (n->timeout_ms, (uint64_t) NBD_CLOSE_MS) : n->timeout_ms;
+  return nbd_is_hasty (n) ? MIN (n->timeout_ms, (uint64_t) NBD_CLOSE_MS) : n->timeout_ms;
 }
 
 void
@@ -421,6 +415,8 @@ nbd_conn_send (struct nbd_conn *c, struct nbd_request *req, uint64_t now)
   req->conn = c;
   req->sent_ms = now;
   req->covered = 0;
+  if (is_change (req->op))
+    nbd_samples_spoil (n, req->off, req->len);
   req->change = n->changes;
   nbd_list_push (&c->requests, req);
   c->nr++;
@@ -458,7 +454,7 @@ nbd_recover (struct nbd *n, struct nbd_request *req, bool silent)
     nbd_finish (n, req, req->op == NBD_FLUSH ? -EIO : -ENOTCONN);
     return;
   }
-  if (n->close_by_ms) {
+  if (req->hint || n->close_by_ms || nbd_is_hasty (n)) {
     nbd_finish (n, req, -ENOTCONN);
     return;
   }
@@ -473,15 +469,6 @@ nbd_recover (struct nbd *n, struct nbd_request *req, bool silent)
     return;
   }
   nbd_list_push (&n->pending, req);
-}
-
-static bool
-any_ready (const struct nbd *n)
-{
-  for (unsigned i = 0; i < NBD_MAX_CONNS; ++i)
-    if (n->conns[i].state == NBD_CONN_READY)
-      return true;
-  return false;
 }
 
 /* Tell the operator about it, unless nobody will notice. */
@@ -512,8 +499,7 @@ nbd_conn_lose (struct nbd_conn *c, uint64_t now, const char *why)
   nbd_close (c->h);             /* from here on nothing is written to anybody's buffer */
   c->h = NULL;
   c->state = NBD_CONN_NONE;
-  free (c->head);
-  c->head = NULL;
+  nbd_verify_free (c);
   if (c->last_change > n->flushed)
     n->lost_changes = true;
   announce_loss (n, was_ready);
@@ -547,8 +533,7 @@ nbd_conn_goodbye (struct nbd_conn *c, uint64_t until)
   nbd_close (c->h);
   c->h = NULL;
   c->state = NBD_CONN_NONE;
-  free (c->head);
-  c->head = NULL;
+  nbd_verify_free (c);
 }
 
 /* --- the first one */

@@ -6,6 +6,7 @@
  *   nbd-holes.c   what the server says is a hole
  *   nbd-io.c      the queue of requests, and the one thread that carries them out
  *   nbd-conn.c    one connection: made, used, watched, lost
+ *   nbd-verify.c  is it still the same disk?
  *
  * libnbd's handles belong to the I/O thread, so they need no lock of ours; everybody else only
  * submits requests.  Locks: queue_lock, ahead_lock and holes_lock are leaves; none is held while
@@ -27,7 +28,6 @@
 #define NBD_MAX_IN_FLIGHT (UINT64_C (96) << 20)         /* bytes, of one device */
 #define NBD_MAX_PIECE    (UINT64_C (1) << 20)           /* bytes in one request for data */
 #define NBD_EXTRA_PAUSE  30000  /* ms after a further connection could not be had */
-#define NBD_HEAD         4096   /* bytes by which an export is known again */
 #define NBD_CLOSE_MS     1000   /* for all that is to be done at the end */
 
 enum nbd_op { NBD_READ, NBD_WRITE, NBD_ZERO, NBD_TRIM, NBD_FLUSH, NBD_STATUS };
@@ -38,6 +38,7 @@ struct nbd_request {
   void *buf;                    /* NBD_READ, NBD_WRITE */
   uint64_t off, len;            /* bytes; the server's constraints kept */
   uint32_t flags;               /* LIBNBD_CMD_FLAG_* */
+  bool hint;                    /* whoever needs it asks for it anyway: it is not sent twice */
   /* Called once, in the I/O thread, with no lock held; the request is the owner's again from
    * the moment it begins.  May submit, must not wait.
    */
@@ -79,8 +80,7 @@ struct nbd_conn {
   uint64_t last_change;         /* number of the last change acknowledged here */
   bool silent;                  /* no answer in time */
   bool leaving;                 /* the server, or libnbd, says that no more answers will come */
-  int verify_result;            /* 1: no answer yet */
-  uint8_t *head;                /* of the export, being verified */
+  struct nbd_verify *verify;    /* samples that were asked for, while it is verified; or NULL */
 };
 
 /* What a server says of an export when it is connected to. */
@@ -93,6 +93,8 @@ struct nbd_facts {
 
 struct nbd_ahead;
 struct nbd_holes;
+struct nbd_samples;
+struct nbd_verify;
 
 struct nbd {
   struct bdev d;
@@ -104,12 +106,11 @@ struct nbd {
   uint64_t max_piece;           /* bytes: a multiple of facts.minimum */
   struct nbd_ahead *ahead;
   struct nbd_holes *holes;
+  struct nbd_samples *samples;  /* the I/O thread's, once that has begun */
   struct nbd *next;             /* of all devices; under the lock of the list */
 
   pthread_mutex_t partial_lock; /* held while blocks are read, changed and written back */
-  /* Set before the first change is sent: holes may be no holes any more, and the first bytes
-   * need not be the same after a reconnection.
-   */
+  /* Set before the first change is sent: holes may be no holes any more. */
   atomic_bool changed;
 
   pthread_mutex_t queue_lock;
@@ -118,7 +119,6 @@ struct nbd {
   struct nbd_list queue;        /* submitted, not yet seen by the I/O thread */
   uint64_t nr_active;           /* submitted, and done has not returned */
   bool running, stop, closing;
-  atomic_bool hasty;            /* a server that is not there is not looked for any more */
   pthread_t thread;
   int wake_fd;                  /* eventfd */
 
@@ -130,8 +130,6 @@ struct nbd {
   unsigned nr_in_flight;
   uint64_t bytes_in_flight;
   unsigned nr_suspects;         /* pending or in flight, and a connection was lost with them twice */
-  uint8_t *head;                /* NBD_HEAD bytes or fewer, once known; or NULL */
-  size_t head_len;
   uint64_t changes, flushed;    /* changes acknowledged so far; the last of them that is durable */
   bool lost_changes;            /* some were not durable when a connection was lost */
   bool lost;                    /* no connection is left, and the operator was told */
@@ -152,8 +150,8 @@ struct nbd {
  */
 void nbd_submit (struct nbd *n, struct nbd_request *req);
 
-/* From now on nobody waits for a server that is not there. */
-void nbd_hasten (struct nbd *n);
+/* Is a server that is not there not to be looked for any more?  See nbd_hurry. */
+bool nbd_is_hasty (const struct nbd *n);
 
 /* Wait until nothing is under way, then end the thread.  last: nobody waits for what is under way,
  * so it is given a second, and then up; and goodbye is said to the server.
@@ -204,6 +202,29 @@ int nbd_conn_first (struct nbd *n, struct err *err);
 
 /* Take leave of the server, if it listens, until then. */
 void nbd_conn_goodbye (struct nbd_conn *c, uint64_t until);
+
+/* --- nbd-verify.c */
+
+/* Choose samples; the facts are known.  After a failure they are to be freed, too. */
+int nbd_samples_new (struct nbd *n, struct err *err);
+void nbd_samples_free (struct nbd_samples *s);
+
+/* Where the first one, at the start of the export, is to be read to; *len bytes, 0 if the export has none. */
+uint8_t *nbd_samples_first (struct nbd *n, size_t *len);
+
+/* Begin to read the others, once the first is there (or is not to be had). */
+void nbd_samples_learn (struct nbd *n, bool first_known);
+
+/* The range is about to change. */
+void nbd_samples_spoil (struct nbd *n, uint64_t off, uint64_t len);
+
+/* Ask for samples on a new connection; others: there are other connections.  false: it takes none. */
+bool nbd_verify_begin (struct nbd_conn *c, bool others);
+bool nbd_verify_done (const struct nbd_conn *c);
+bool nbd_verify_same (const struct nbd_conn *c);
+
+/* Its handle does not write to them any more. */
+void nbd_verify_free (struct nbd_conn *c);
 
 /* --- nbd.c */
 

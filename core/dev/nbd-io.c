@@ -151,7 +151,7 @@ give_up (struct nbd *n)
 static void
 look_again (struct nbd *n, uint64_t now)
 {
-  if (atomic_load (&n->hasty)) {
+  if (nbd_is_hasty (n)) {
     fail_pending (n, -ENOTCONN);
     return;
   }
@@ -402,13 +402,6 @@ stopped (struct nbd *n)
   n->running = n->stop = false;
   if (n->queue.head)
     start_locked (n);
-}
-
-void
-nbd_hasten (struct nbd *n)
-{
-  atomic_store (&n->hasty, true);
-  wake (n);
 }
 
 void

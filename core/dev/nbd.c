@@ -26,6 +26,8 @@
 static pthread_mutex_t all_lock = PTHREAD_MUTEX_INITIALIZER;
 static struct nbd *all;
 
+static atomic_bool in_a_hurry;  /* this process is about to end */
+
 static const char *
 describe (int r)
 {
@@ -301,7 +303,7 @@ nbd_free (struct nbd *n)
   pthread_cond_destroy (&n->idle_cond);
   if (n->wake_fd >= 0)
     close (n->wake_fd);
-  free (n->head);
+  nbd_samples_free (n->samples);
   free (n->uri);
   free (n);
 }
@@ -334,10 +336,13 @@ nbd_rest (void)
 void
 nbd_hurry (void)
 {
-  LOCK_SCOPE (&all_lock);
-  for (struct nbd *n = all; n; n = n->next)
-    if (!atomic_load (&n->changed))
-      nbd_hasten (n);
+  atomic_store (&in_a_hurry, true);     /* the I/O threads look at it as often as at the clock */
+}
+
+bool
+nbd_is_hasty (const struct nbd *n)
+{
+  return atomic_load (&in_a_hurry) && !atomic_load (&n->changed);
 }
 
 static const struct bdev_ops nbd_ops = {
@@ -404,24 +409,22 @@ nbd_new (const char *uri, const struct nbd_options *opts, struct nbd **ret, stru
   return 0;
 }
 
-/* The first bytes, by which it is known again.  -ENOTCONN: it takes requests, but does not answer. */
+/* What it is known again by.  -ENOTCONN: it takes requests, but does not answer. */
 static int
-remember_head (struct nbd *n, struct err *err)
+take_samples (struct nbd *n, struct err *err)
 {
-  uint64_t len = MIN (MIN (MAX ((uint64_t) n->facts.minimum, (uint64_t) NBD_HEAD), n->max_piece),
-                      n->facts.size);
-  uint8_t *head = malloc (len + 1);
-  int r = head ? 0 : -ENOMEM;
+  size_t len;
+  uint8_t *first;
+  int r = nbd_samples_new (n, err);
 
-  if (r == 0 && len > 0)
-    r = read_blocks (n, head, len, 0);
-  if (r == 0 && len > 0) {
-    n->head_len = len;
-    n->head = head;             /* seen by the I/O thread with the next request */
-    return 0;
-  }
-  free (head);
-  return r == -ENOTCONN ? fail (n, r, "read", len, 0, err) : 0;
+  if (r < 0)
+    return r;
+  first = nbd_samples_first (n, &len);
+  r = len > 0 ? read_blocks (n, first, len, 0) : 0;
+  if (r == -ENOTCONN)
+    return fail (n, r, "read", len, 0, err);
+  nbd_samples_learn (n, r == 0 && len > 0);
+  return 0;
 }
 
 int
@@ -440,7 +443,7 @@ nbd_open (const char *uri, const struct nbd_options *opts, struct bdev **ret, st
   atomic_store (&n->d.size, n->facts.size);
   n->max_piece = MAX (MIN (n->facts.maximum, NBD_MAX_PIECE) / n->facts.minimum * n->facts.minimum,
                       (uint64_t) n->facts.minimum);
-  r = remember_head (n, err);
+  r = take_samples (n, err);
   if (r < 0) {
     bdev_unref (&n->d);
     return r;

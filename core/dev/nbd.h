@@ -44,7 +44,8 @@ int nbd_open (const char *uri, const struct nbd_options *opts, struct bdev **ret
 void nbd_rest (void);
 
 /* This process is about to end: NBD devices that were never written to need not look for a lost
- * server any more, so that nobody waits for one.  Those that were go on, for the sake of the data.
+ * server any more, so that nobody waits for one longer than a second.  Those that were go on, for the
+ * sake of the data.  May be called from a signal handler.
  */
 void nbd_hurry (void);
 
