@@ -52,10 +52,10 @@ layer_open (struct layer *l, const char *path, bool from_image,
 }
 
 int
-layer_keep (struct layer *l, const char *path, struct err *err)
+layer_keep (struct layer *l, const char *path, bool *created, struct err *err)
 {
   struct bdev *cache;
-  int r = cache_file_open (path, l->source, l->path, &cache, err);
+  int r = cache_file_open (path, l->source, l->path, &cache, created, err);
 
   if (r < 0)
     return r;

@@ -43,7 +43,7 @@ int layer_open (struct layer *l, const char *path, bool from_image,
 void layer_reset (struct layer *l);
 
 /* Keep what is read from the source in the file at path: see heal/cache-file.h. */
-int layer_keep (struct layer *l, const char *path, struct err *err);
+int layer_keep (struct layer *l, const char *path, bool *created, struct err *err);
 
 /* Check l->healed into l->before.  -ENOTCONN if the source could not be reached meanwhile: what
  * was found then is not believed, here and in layer_heal.

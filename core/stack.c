@@ -370,7 +370,7 @@ build (struct stack *s, const struct stack_options *opts, struct err *err)
   int r = layer_open (&s->top, opts->file, false, &opts->source, err);
 
   if (r == 0 && opts->cache)
-    r = layer_keep (&s->top, opts->cache, err);
+    r = layer_keep (&s->top, opts->cache, &s->cache_created, err);
   s->top.keep_orphans = opts->inplace && !opts->discard_orphans;
   if (r == 0)
     r = inplace_begin (s, opts->progress, err);
@@ -456,7 +456,7 @@ stack_new (const struct stack_options *opts, struct stack **ret, struct err *err
 
 /* A start that was refused leaves nothing behind. */
 static void
-undo (struct stack *s)
+undo (struct stack *s, const struct stack_options *opts)
 {
   bdev_unref (s->guest);
   bdev_unref (s->guest_watch);
@@ -468,6 +468,8 @@ undo (struct stack *s)
     unlink (s->overlay);
   if (s->data_overlay_created)
     unlink (s->data_overlay);
+  if (s->cache_created)
+    unlink (opts->cache);
 }
 
 int
@@ -481,7 +483,7 @@ stack_open (const struct stack_options *opts, struct stack **ret, struct err *er
     return r;
   r = build (s, opts, err);
   if (r < 0) {
-    undo (s);
+    undo (s, opts);
     if (!s->top.before) {
       stack_close (s, NULL);
       return r;

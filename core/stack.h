@@ -44,6 +44,7 @@ struct stack {
   size_t cache_size;
   struct inplace inplace;
   bool overlay_created;         /* by this start */
+  bool cache_created;           /* likewise */
   bool data_overlay_created;
   bool overlay_reused;          /* it was there, and the check looked through it */
   bool lost_error;              /* as told */

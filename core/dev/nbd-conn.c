@@ -292,8 +292,13 @@ nbd_conn_tend (struct nbd_conn *c, uint64_t now)
   else if (now - c->heard_ms >= timeout
            || (c->requests.head && c->requests.head->sent_ms + timeout < c->answered_ms))
     c->silent = true;
-  if (c->silent)
-    nbd_conn_lose (c, now, why);
+  if (!c->silent)
+    return;
+  /* Those that have nothing to do would be as silent if they had: new ones tell more. */
+  for (unsigned i = 0; i < NBD_MAX_CONNS; ++i)
+    if (c->n->conns[i].state == NBD_CONN_READY && c->n->conns[i].nr == 0)
+      nbd_conn_lose (&c->n->conns[i], now, why);
+  nbd_conn_lose (c, now, why);
 }
 
 /* --- requests */

@@ -20,9 +20,11 @@
 
 #define NR_SAMPLES  64
 #define SAMPLE      4096        /* bytes, unless the server's blocks are larger */
+#define AT_ONCE     7           /* read ahead of need, and no reason for one more connection */
 #define FEW         8           /* every so many-th sample, while other connections are there */
 
 struct sample {
+  struct nbd_samples *all;
   uint64_t off;                 /* bytes */
   bool known, spoiled;
   unsigned losses;              /* connections that ended while it was asked for */
@@ -83,12 +85,30 @@ nbd_samples_first (struct nbd *n, size_t *len)
   return n->samples->bytes;
 }
 
+static void learn (struct nbd *n, unsigned i);
+
 static void
 sample_read (struct nbd_request *req)
 {
   struct sample *sample = req->opaque;
 
   sample->known = req->result == 0 && !sample->spoiled;
+  learn (req->n, sample - sample->all->list + AT_ONCE);
+}
+
+static void
+learn (struct nbd *n, unsigned i)
+{
+  struct nbd_samples *s = n->samples;
+  struct sample *sample = &s->list[i];
+
+  if (i >= s->nr)
+    return;
+  sample->all = s;
+  sample->req = (struct nbd_request) { .op = NBD_READ, .buf = s->bytes + i * s->len,
+                                       .off = sample->off, .len = s->len, .hint = true,
+                                       .done = sample_read, .opaque = sample };
+  nbd_submit (n, &sample->req);
 }
 
 void
@@ -98,14 +118,8 @@ nbd_samples_learn (struct nbd *n, bool first_known)
 
   if (s->nr > 0)
     s->list[0].known = first_known;
-  for (unsigned i = 1; i < s->nr; ++i) {
-    struct sample *sample = &s->list[i];
-
-    sample->req = (struct nbd_request) { .op = NBD_READ, .buf = s->bytes + i * s->len,
-                                         .off = sample->off, .len = s->len, .hint = true,
-                                         .done = sample_read, .opaque = sample };
-    nbd_submit (n, &sample->req);
-  }
+  for (unsigned i = 1; i <= AT_ONCE; ++i)
+    learn (n, i);
 }
 
 void

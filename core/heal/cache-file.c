@@ -14,6 +14,7 @@
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/random.h>
 
 #include "base/cleanup.h"
 #include "base/clock.h"
@@ -416,17 +417,79 @@ note_extent (void *opaque, uint64_t off, uint64_t len, unsigned kind)
   return 0;
 }
 
-int
-cache_file_open (const char *path, struct bdev *source, const char *source_path,
-                 struct bdev **ret, struct err *err)
+/* --- opening */
+
+#define PROBES      256         /* places that are compared with the source */
+#define PROBE_BYTES 4096
+#define MAX_KEPT    (UINT64_C (1) << 50)        /* bytes of a source; each 64 KiB cost two bits of RAM */
+
+struct probing {
+  struct cache *c;
+  const struct bdev_range *ranges;
+  atomic_bool differs;
+};
+
+static int
+probed (void *opaque, size_t i, const void *buf, int r, const struct err *why)
 {
-  struct cache *c = calloc (1, sizeof *c);
+  struct probing *p = opaque;
+  uint8_t kept[PROBE_BYTES];
+
+  if (r == 0 && bdev_pread (p->c->view, kept, p->ranges[i].len, p->ranges[i].off, NULL) == 0
+      && memcmp (buf, kept, p->ranges[i].len) != 0)
+    atomic_store (&p->differs, true);
+  return 0;                     /* what cannot be read says nothing */
+}
+
+/* Some place in a cluster that is kept; false: none was found. */
+static bool
+choose_probe (const struct cache *c, struct bdev_range *range)
+{
+  uint64_t size = bdev_size (&c->d), nr = DIV_ROUND_UP (size, UNIT);
+  uint64_t dice[2] = { 0 };
+
+  if (getrandom (dice, sizeof dice, GRND_NONBLOCK) < 0)
+    dice[0] = clock_ms () * UINT64_C (0x9e3779b97f4a7c15);
+  for (uint64_t n = 0, i = dice[0] % nr; n < MIN (nr, UINT64_C (4096)); ++n, i = (i + 1) % nr)
+    if (bit (c->here, i)) {
+      uint64_t in_unit = dice[1] % (UNIT / PROBE_BYTES) * PROBE_BYTES;
+      uint64_t off = i * UNIT + in_unit < size ? i * UNIT + in_unit : i * UNIT;
+
+      *range = (struct bdev_range) { off, MIN (size - off, (uint64_t) PROBE_BYTES) };
+      return true;
+    }
+  return false;
+}
+
+/* Does what is kept look as if the source had changed since? */
+static int
+compare_kept (struct cache *c, const char *path, struct err *err)
+{
+  struct bdev_range ranges[PROBES];
+  struct probing p = { .c = c, .ranges = ranges };
+  size_t nr = 0;
+
+  while (bdev_size (&c->d) > 0 && nr < PROBES && choose_probe (c, &ranges[nr]))
+    ++nr;
+  bdev_read_many (c->source, ranges, nr, probed, &p, NULL);
+  if (!atomic_load (&p.differs))
+    return 0;
+  return err_set (err, EINVAL, "%s: what is kept there of %s is not what is there now: the image was "
+                  "written to since, or it is another one.  Remove the cache, or name another file",
+                  path, c->d.name);
+}
+
+static int
+cache_new (struct bdev *source, struct cache **ret, struct err *err)
+{
+  struct cache *c;
   uint64_t nr = DIV_ROUND_UP (bdev_size (source), UNIT) / 64 + 1;
-  struct overlay_options oopts = { .source_path = source_path, .cache = true };
-  struct bdev *file = NULL;
-  bool created;
   int r;
 
+  if (bdev_size (source) > MAX_KEPT)
+    return err_set (err, EFBIG, "%s: an image of %llu bytes is too large for cache=; leave that out",
+                    source->name, (unsigned long long) bdev_size (source));
+  c = calloc (1, sizeof *c);
   if (!c)
     return err_set (err, ENOMEM, "out of memory");
   r = bdev_init (&c->d, &cache_ops, source->name, bdev_size (source), false, false, err);
@@ -441,12 +504,32 @@ cache_file_open (const char *path, struct bdev *source, const char *source_path,
   c->flushed_ms = clock_ms ();
   c->here = calloc (nr, sizeof *c->here);
   c->busy = calloc (nr, sizeof *c->busy);
+  *ret = c;
+  if (c->here && c->busy)
+    return 0;
+  bdev_unref (&c->d);
+  return err_set (err, ENOMEM, "out of memory");
+}
+
+int
+cache_file_open (const char *path, struct bdev *source, const char *source_path,
+                 struct bdev **ret, bool *created, struct err *err)
+{
+  struct overlay_options oopts = { .source_path = source_path, .cache = true };
+  struct bdev *file = NULL;
+  struct cache *c = NULL;
+  int r = cache_new (source, &c, err);
+
+  *created = false;
+  if (r < 0)
+    return r;
   oopts.file = &file;
-  r = c->here && c->busy ? overlay_open (path, source, &oopts, &c->view, &created, err)
-                         : err_set (err, ENOMEM, "out of memory");
+  r = overlay_open (path, source, &oopts, &c->view, created, err);
   if (r == 0)
     r = overlay_extents (file, bdev_size (&c->d), note_extent, c, err);
   bdev_unref (file);
+  if (r == 0 && !*created)
+    r = compare_kept (c, path, err);
   if (r == 0)
     *ret = &c->d;
   else

@@ -12,13 +12,14 @@
 /* The bytes of source, kept in the file at path, which is made if nothing is there.  source_path:
  * as in overlay_options.  Takes its own reference to source.  Read-only for good, since a write
  * would have to go to both.  -EINVAL, with what to do, if the file is no cache of ours, or that of
- * another source or of one that was changed since.
+ * another source or of one that was changed since: besides the fingerprint, some hundred places of
+ * what is kept, other ones each time, are compared with the source.  *created: there was none.
  *
  * A file that cannot take more (no space) is used as it is, with a notice; one that cannot be read
  * is done without.  What was kept in the last second in which anything was may be read again after
  * this program was killed.
  */
 int cache_file_open (const char *path, struct bdev *source, const char *source_path,
-                     struct bdev **ret, struct err *err);
+                     struct bdev **ret, bool *created, struct err *err);
 
 #endif /* QR_HEAL_CACHE_FILE_H */

@@ -54,7 +54,7 @@ enum {
 struct slice {
   /* constant */
   uint64_t sn;
-  bool torn;                    /* parts of it could not be read: it is never changed */
+  uint64_t torn_ms;             /* parts of it could not be read then, so it is never changed; or 0 */
   /* changed under state_lock, read anywhere */
   atomic_uint state;
   /* a hint for eviction, anybody's */

@@ -318,7 +318,7 @@ map_update (struct image *img, uint64_t guest_off, unsigned n, const struct l2_p
     if (r < 0)
       return r;
     assert (s);                 /* map_ensure_table */
-    if (s->torn)
+    if (s->torn_ms)
       return err_set (err, EIO, "%s: the L2 table of guest offset 0x%llx cannot be read as a whole, so "
                       "it is not changed", img->view.name, ULL (guest_off));
     LOCK_SCOPE (&img->state_lock);

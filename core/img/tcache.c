@@ -17,6 +17,7 @@
 #include <errno.h>
 
 #include "dev/ahead.h"
+#include "base/clock.h"
 #include "img/image-int.h"
 
 int
@@ -86,6 +87,21 @@ get_slot (struct image *img, uint64_t sn)
   return &chunk[sn & ((1 << SLOT_BITS) - 1)];
 }
 
+#define TORN_MS 3000            /* after which a slice that could not be read as a whole is tried again */
+
+/* Take the slice at place i of the ring out of the directory. */
+static void
+retire_locked (struct image *img, size_t i)
+{
+  struct slice *s = img->ring.ptr[i];
+
+  atomic_store_explicit (get_slot (img, s->sn), NULL, memory_order_release);
+  img->ring.ptr[i] = img->ring.ptr[--img->ring.len];
+  s->next_retired = img->retired_slices;
+  img->retired_slices = s;
+  atomic_fetch_add_explicit (&img->nr_retired, 1, memory_order_relaxed);
+}
+
 /* All but keep, which was only just brought in for somebody. */
 static void
 evict_locked (struct image *img, const struct slice *keep)
@@ -103,12 +119,23 @@ evict_locked (struct image *img, const struct slice *keep)
       img->hand++;
       continue;
     }
-    atomic_store_explicit (get_slot (img, s->sn), NULL, memory_order_release);
-    img->ring.ptr[img->hand] = img->ring.ptr[--img->ring.len];
-    s->next_retired = img->retired_slices;
-    img->retired_slices = s;
-    atomic_fetch_add_explicit (&img->nr_retired, 1, memory_order_relaxed);
+    retire_locked (img, img->hand);
   }
+}
+
+/* A disk may find its sectors again, and a web server its files.  It is never dirty. */
+static void
+forget_torn (struct image *img, const struct slice *s)
+{
+  LOCK_SCOPE (&img->state_lock);
+
+  if (slice_peek (img, s->sn) != s)
+    return;
+  for (size_t i = 0; i < img->ring.len; ++i)
+    if (img->ring.ptr[i] == s) {
+      retire_locked (img, i);
+      return;
+    }
 }
 
 #define SECTOR 512
@@ -151,11 +178,11 @@ read_slice (struct image *img, uint64_t sn, uint64_t l1, struct slice **ret, str
   if (s == NULL)
     return err_set (err, ENOMEM, "out of memory");
   raw = (uint8_t *) s->entries;
-  s->torn = false;
+  s->torn_ms = 0;
   host_off = (l1 & L1E_OFF_MASK) + in_table * img->slice_bytes;
   r = bdev_pread_padded (img->file, raw, img->slice_bytes, host_off, err);
   if (r == -EIO && read_sectors (img, raw, host_off)) {
-    s->torn = true;
+    s->torn_ms = MAX (clock_ms (), UINT64_C (1));
     r = 0;
     err_clear (err);
   }
@@ -235,6 +262,10 @@ slice_get (struct image *img, uint64_t sn, struct slice **ret, struct err *err)
 {
   struct slice *s = slice_peek (img, sn);
 
+  if (s && s->torn_ms && clock_ms () - s->torn_ms > TORN_MS) {
+    forget_torn (img, s);
+    s = NULL;
+  }
   if (s == NULL) {
     int r = load_slice (img, sn, &s, err);
 

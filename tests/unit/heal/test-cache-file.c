@@ -59,12 +59,13 @@ static int
 try_open (struct bench *b, struct err *err)
 {
   struct bdev *file = NULL;
+  bool created;
   int r;
 
   assert_ok (file_open (b->source, 0, &file, err), err);
   assert_ok (recorder_new (file, true, &b->far, err), err);
   bdev_unref (file);
-  r = cache_file_open (b->cache, b->far, b->source, &b->d, err);
+  r = cache_file_open (b->cache, b->far, b->source, &b->d, &created, err);
   if (r < 0) {
     bdev_unref (b->far);
     b->far = b->d = NULL;
