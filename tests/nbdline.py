@@ -527,7 +527,7 @@ class Connection:
             if magic == nbd.SIMPLE:
                 head = start + self.far.read(12)
                 error, cookie = struct.unpack(">IQ", head[4:])
-                r = self.requests[cookie]
+                r = self.request_of(cookie, True)
                 n = r.n if r.cmd == nbd.READ and error == 0 and r.answer is None else 0
                 if r.answer is not None and error == 0:
                     n = min(512, self.far_size)
@@ -535,10 +535,18 @@ class Connection:
             elif magic == nbd.CHUNK:
                 head = start + self.far.read(16)
                 flags, kind, cookie, n = struct.unpack(">HHQI", head[4:])
-                r = self.requests[cookie]
+                r = self.request_of(cookie, flags & nbd.CHUNK_DONE)
                 self.reply(r, cookie, head, n, flags & nbd.CHUNK_DONE, kind, buf)
             else:
                 raise nbd.Broken("no reply")
+
+    def request_of(self, cookie, last):
+        """Forgotten with the last of its replies, before that is passed on: QEMU uses a cookie
+        again at once."""
+        try:
+            return self.requests.pop(cookie) if last else self.requests[cookie]
+        except KeyError:
+            raise nbd.Broken("a reply to nobody")
 
     def reply(self, r, cookie, head, n, last, kind, buf):
         """One reply, or one chunk of one: head was read, n bytes follow."""
@@ -556,7 +564,6 @@ class Connection:
         else:
             self.pass_on(r, head, n, buf)
         if last:
-            self.requests.pop(cookie, None)
             self.p.numbers.answered(self)
 
     def before_ack(self, r):

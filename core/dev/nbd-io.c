@@ -417,14 +417,13 @@ nbd_stop (struct nbd *n, bool last)
       wake (n);
     while (n->nr_active > 0)
       pthread_cond_wait (&n->idle_cond, &n->queue_lock);
-    join = n->running;
-    n->stop = true;
+    join = n->stop = n->running;        /* if there is none, the next is not ours to end */
   }
   if (join) {
     wake (n);
     pthread_join (n->thread, NULL);
+    stopped (n);
   }
-  stopped (n);
   for (unsigned i = 0; last && i < NBD_MAX_CONNS; ++i)
     nbd_conn_goodbye (&n->conns[i], until);
 }
