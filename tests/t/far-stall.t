@@ -56,7 +56,7 @@ ok "reads stalled at the start: refused" within 30 not serve uri="$proxy_uri" ti
 ok "a message names it, again" named_after 0 err.log
 
 # Nobody who ends it has to wait for a server that says nothing.
-proxy stall off
+proxy stall-reads off
 ok "ended while it waits: starts" server_start s uri="$proxy_uri" timeout=60 reconnect=600
 proxy stall on
 { nbd_do "$server_uri" "read 5000000 65536" >/dev/null 2>&1 & } 2>/dev/null
