@@ -30,6 +30,7 @@
 #include "dev/nbd-int.h"
 
 #define MAX_LOSSES 4            /* of connections with one request in flight */
+#define LASTED     256          /* answers that make a good connection */
 #define ALLOCATION LIBNBD_CONTEXT_BASE_ALLOCATION
 
 static bool
@@ -73,6 +74,7 @@ nbd_conn_start (struct nbd *n, struct nbd_conn *c, struct err *err)
   c->since_ms = c->heard_ms = clock_ms ();
   c->answered_ms = c->last_change = 0;
   c->leaving = c->silent = false;
+  c->nr_answered = 0;
   if (r < 0)
     return r;
   if (nbd_aio_connect_uri (c->h, n->uri) == 0)
@@ -330,6 +332,8 @@ completed (void *opaque, int *error)
   }
   off_connection (req);
   n->pause_ms = 0;
+  if (++c->nr_answered == LASTED)
+    nbd_verify_lasted (n);
   c->answered_ms = MAX (c->answered_ms, req->sent_ms);
   req->result = -*error;
   /* libnbd sees to it that no part is outside the request, not that all of it is there. */

@@ -77,6 +77,7 @@ struct nbd_conn {
   uint64_t answered_ms;         /* when the youngest request that was answered had been sent */
   struct nbd_list requests;     /* in flight */
   unsigned nr;                  /* of them */
+  unsigned nr_answered;         /* requests */
   uint64_t last_change;         /* number of the last change acknowledged here */
   bool silent;                  /* no answer in time */
   bool leaving;                 /* the server, or libnbd, says that no more answers will come */
@@ -220,6 +221,9 @@ void nbd_samples_spoil (struct nbd *n, uint64_t off, uint64_t len);
 
 /* Ask for samples on a new connection; others: there are other connections.  false: it takes none. */
 bool nbd_verify_begin (struct nbd_conn *c, bool others);
+/* A connection has lasted: the line is good. */
+void nbd_verify_lasted (struct nbd *n);
+
 bool nbd_verify_done (const struct nbd_conn *c);
 bool nbd_verify_same (const struct nbd_conn *c);
 

@@ -2,8 +2,10 @@
  *
  * Samples of the export, spread over it, are read when it is opened (the first at once, the others
  * while nobody waits for them), and read again on each new connection before that is used: all of
- * them if no other connection is left, else a few.  One that differs is proof of another disk.  LIMIT:
- * that none does is none of the same one; copies that differ in few places may look alike.
+ * them if no other connection is left, else a few.  On a line that breaks before they have come there
+ * are fewer the next time, other ones each time, until a connection has lasted.  One that differs is
+ * proof of another disk.  LIMIT: that none does is none of the same one; copies that differ in few
+ * places may look alike.
  *
  * A sample that a change of ours touches is forgotten the moment the change is sent, and so is one
  * that connections end at: the server may break off because of it.
@@ -21,7 +23,9 @@
 #define NR_SAMPLES  64
 #define SAMPLE      4096        /* bytes, unless the server's blocks are larger */
 #define AT_ONCE     7           /* read ahead of need, and no reason for one more connection */
-#define FEW         8           /* every so many-th sample, while other connections are there */
+#define FEW         8           /* samples, while other connections are there */
+#define LEAST       4           /* samples, on the worst of lines */
+#define MAX_LOSSES  4           /* of connections that one sample was asked for on */
 
 struct sample {
   struct nbd_samples *all;
@@ -34,6 +38,8 @@ struct sample {
 struct nbd_samples {
   unsigned nr;
   size_t len;                   /* bytes of each */
+  unsigned most;                /* that are asked for on a connection */
+  unsigned turn;                /* the first of those that are asked for next */
   uint8_t *bytes;               /* nr * len */
   struct sample list[NR_SAMPLES];
 };
@@ -63,6 +69,7 @@ nbd_samples_new (struct nbd *n, struct err *err)
     return 0;
   s->nr = MAX (MIN (size / 16 / s->len, (uint64_t) NR_SAMPLES), UINT64_C (1));
   step = size / s->nr / s->len * s->len;
+  s->most = s->nr;
   for (unsigned i = 0; i < s->nr; ++i)
     s->list[i].off = i * step;
   s->bytes = malloc (s->nr * s->len);
@@ -152,16 +159,20 @@ answered (void *opaque, int *error)
 bool
 nbd_verify_begin (struct nbd_conn *c, bool others)
 {
-  const struct nbd_samples *s = c->n->samples;
+  struct nbd_samples *s = c->n->samples;
   struct nbd_verify *v;
+  unsigned nr, first;
 
   if (!s || s->nr == 0)
     return true;
+  nr = others ? MIN (s->most, (unsigned) FEW) : s->most;
+  first = s->turn++;
   v = calloc (1, sizeof *v + s->nr * s->len);
   if (!v)
     return false;
   c->verify = v;
-  for (unsigned i = 0; i < s->nr; i += others ? FEW : 1) {
+  for (unsigned n = 0; n < nr; ++n) {
+    unsigned i = (first + n * (s->nr / nr)) % s->nr;
     nbd_completion_callback cb = { .callback = answered, .user_data = &v->answers[i] };
 
     if (!s->list[i].known)
@@ -172,6 +183,13 @@ nbd_verify_begin (struct nbd_conn *c, bool others)
       return false;
   }
   return true;
+}
+
+void
+nbd_verify_lasted (struct nbd *n)
+{
+  if (n->samples)
+    n->samples->most = n->samples->nr;
 }
 
 bool
@@ -200,8 +218,10 @@ nbd_verify_free (struct nbd_conn *c)
   struct nbd_samples *s = c->n->samples;
   struct nbd_verify *v = c->verify;
 
+  if (v && v->left > 0)
+    s->most = MAX (s->most / 4, MIN (s->nr, (unsigned) LEAST));
   for (unsigned i = 0; v && v->left > 0 && i < s->nr; ++i)
-    if (v->answers[i].v && !v->answers[i].came && ++s->list[i].losses >= 2)
+    if (v->answers[i].v && !v->answers[i].came && ++s->list[i].losses >= MAX_LOSSES)
       s->list[i].known = false;
   free (v);
   c->verify = NULL;
