@@ -144,5 +144,9 @@ refuses 'same file' a.qcow2 cache=a.qcow2
 refuses 'inplace' uri="$proxy_uri" cache=x inplace=true
 is "no file was changed" "$(sha256sum c.qcow2 d.overlay d.cache a.qcow2)" "$sums"
 ok "none was made" test ! -e x
+# What was made for an image that is refused would refuse the right one at the next start.
+truncate -s 100K junk
+refuses 'qcow2' junk cache=y
+ok "nor is one left of an image that is none" test ! -e y
 
 done_testing
