@@ -36,8 +36,7 @@ bool nbd_is_uri (const char *name);
  */
 int nbd_open (const char *uri, const struct nbd_options *opts, struct bdev **ret, struct err *err);
 
-/* The disk of a far device that is kept waiting by nobody: before this process forks, let every
- * NBD device come to rest.  Its thread is ended once nothing is under way; the next request, in
+/* Before this process forks: let every NBD device come to rest.  Its thread is ended once nothing is under way; the next request, in
  * whichever process makes it, starts another.  Only one of the two processes may make requests
  * after the fork.
  */

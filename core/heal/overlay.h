@@ -41,7 +41,7 @@ int overlay_reopen (struct bdev *file, struct bdev *source, struct bdev **healed
 int overlay_extents (struct bdev *file, uint64_t size, bdev_extent_fn fn, void *opaque,
                      struct err *err);
 
-/* The same in RAM, gone with the last reference. */
+/* A new overlay in RAM, gone with the last reference. */
 int overlay_in_memory (struct bdev *source, const struct overlay_options *opts,
                        struct bdev **healed, struct err *err);
 
