@@ -20,7 +20,7 @@ require qemu-nbd
 require_uri ()
 {
   "${nbdkit_env[@]}" nbdkit "$PLUGIN" --dump-plugin 2>/dev/null |
-    grep -E -q '^qcow2repair_parameters=(.*,)?uri(,|$)' || skip_all "no uri="
+    holds -E '^qcow2repair_parameters=(.*,)?uri(,|$)' || skip_all "no uri="
 }
 
 # far_pid FILE: remember who is there, to be ended.  nbdkit's parent may be gone before its child has
@@ -165,7 +165,7 @@ within ()
 # named_after LINES FILE: a line after the first so many names the far side.
 named_after ()
 {
-  tail -n "+$(($1 + 1))" "$2" | grep -F -q "$proxy_sock" || { tail -n 20 "$2"; return 1; }
+  tail -n "+$(($1 + 1))" "$2" | holds -F "$proxy_sock" || { tail -n 20 "$2"; return 1; }
 }
 
 lines_of ()

@@ -56,6 +56,13 @@ cleanup ()
 trap cleanup EXIT
 trap 'exit 1' INT TERM HUP
 
+# holds GREP-ARGUMENT...: do the lines that are piped in hold one?  It reads all of them: what `grep -q'
+# leaves behind dies of SIGPIPE when the machine is slow, and the pipeline fails.
+holds ()
+{
+  grep "$@" | cat >/dev/null
+}
+
 # --- TAP
 
 # Lines of a file as comments, at most 40.
@@ -269,6 +276,19 @@ server_stop ()
   kill -"${1:-TERM}" "$server_pid" 2>/dev/null
   wait "$server_job" 2>/dev/null
   return 0
+}
+
+# create_encrypted FORMAT SECRET IMAGE SIZE: luks or aes.  On a busy machine QEMU now and then cannot
+# measure how long it takes to derive a key, and makes none; that is tried again.
+create_encrypted ()
+{
+  local n=0 iter=
+
+  [ "$1" = aes ] || iter=,encrypt.iter-time=10
+  until qemu-img create -q -f qcow2 --object "secret,id=s,data=$2" \
+      -o "encrypt.format=$1,encrypt.key-secret=s$iter" "$3" "$4" 2>create.log; do
+    grep -q 'CPU usage' create.log && [ $((n += 1)) -le 100 ] || return 1
+  done
 }
 
 # qemu_serves IMAGE OPTIONS...: stock QEMU has it open until qemu_stops.

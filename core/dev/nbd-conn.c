@@ -29,7 +29,8 @@
 #include "base/num.h"
 #include "dev/nbd-int.h"
 
-#define MAX_LOSSES 4            /* of connections with one request in flight */
+#define MAX_ALONE  4            /* connections lost with a suspect alone in flight */
+#define SMALL      (UINT64_C (64) << 10)        /* bytes of a step, for reads that do not get through */
 #define LASTED     256          /* answers that make a good connection */
 #define ALLOCATION LIBNBD_CONTEXT_BASE_ALLOCATION
 
@@ -337,9 +338,15 @@ completed (void *opaque, int *error)
   c->answered_ms = MAX (c->answered_ms, req->sent_ms);
   req->result = -*error;
   /* libnbd sees to it that no part is outside the request, not that all of it is there. */
-  if (*error == 0 && req->op == NBD_READ && req->covered != req->len) {
+  if (*error == 0 && req->op == NBD_READ && req->covered != nbd_step (req)) {
     req->result = -EPROTO;
     c->leaving = true;
+  }
+  else if (*error == 0 && req->op == NBD_READ && req->had + req->covered < req->len) {
+    req->had += req->covered;
+    req->alone = 0;
+    nbd_list_push_front (&n->pending, req);
+    return 1;
   }
   if (*error == 0 && is_change (req->op)) {
     c->last_change = ++n->changes;
@@ -399,7 +406,8 @@ issue (struct nbd_handle *h, struct nbd_request *req)
 
   switch (req->op) {
   case NBD_READ:
-    return nbd_aio_pread_structured (h, req->buf, req->len, req->off, chunk, cb, req->flags);
+    return nbd_aio_pread_structured (h, (uint8_t *) req->buf + req->had, nbd_step (req),
+                                     req->off + req->had, chunk, cb, req->flags);
   case NBD_WRITE:
     return nbd_aio_pwrite (h, req->buf, req->len, req->off, cb, req->flags);
   case NBD_ZERO:
@@ -449,10 +457,14 @@ nbd_conn_send (struct nbd_conn *c, struct nbd_request *req, uint64_t now)
 static void
 count_loss (struct nbd *n, struct nbd_request *req, bool silent)
 {
-  bool was_suspect = req->losses >= 2;
-
+  if (nbd_is_suspect (req)) {   /* so it was alone */
+    req->alone += silent ? MAX_ALONE : 1;
+    if (req->op == NBD_READ && req->alone >= MAX_ALONE / 2)
+      req->step = SMALL;
+    return;
+  }
   req->losses += silent ? 2 : 1;
-  if (!was_suspect && req->losses >= 2)
+  if (nbd_is_suspect (req))
     n->nr_suspects++;
 }
 
@@ -468,7 +480,7 @@ nbd_recover (struct nbd *n, struct nbd_request *req, bool silent)
     return;
   }
   count_loss (n, req, silent);
-  if (req->losses >= (n->distrust ? 1 : MAX_LOSSES)) {
+  if (n->distrust || req->alone >= MAX_ALONE) {
     if (!n->distrust)
       log_notice ("%s: again and again it has broken off, or said nothing, when it was asked for %" PRIu64
                   " bytes at byte %" PRIu64 ": that fails, and so does all else until it answers again",
@@ -477,7 +489,10 @@ nbd_recover (struct nbd *n, struct nbd_request *req, bool silent)
     nbd_finish (n, req, -ENOTCONN);
     return;
   }
-  nbd_list_push (&n->pending, req);
+  if (nbd_is_suspect (req))
+    nbd_list_push_front (&n->pending, req);
+  else
+    nbd_list_push (&n->pending, req);
 }
 
 /* Tell the operator about it, unless nobody will notice. */
@@ -509,6 +524,8 @@ nbd_conn_lose (struct nbd_conn *c, uint64_t now, const char *why)
   c->h = NULL;
   c->state = NBD_CONN_NONE;
   nbd_verify_free (c);
+  if (was_ready && c->nr_answered == 0)
+    nbd_verify_fewer (n);
   if (c->last_change > n->flushed)
     n->lost_changes = true;
   announce_loss (n, was_ready);

@@ -50,7 +50,9 @@ struct nbd_request {
   struct nbd_request *next, *prev;
   struct nbd_conn *conn;        /* in flight on */
   struct nbd *n;
-  unsigned losses;              /* connections that were lost with it in flight */
+  unsigned losses;              /* connections that were lost with it in flight, until it is a suspect */
+  unsigned alone;               /* then, with it alone in flight, and no part of it answered since */
+  uint64_t had, step;           /* NBD_READ: bytes that came in earlier steps; of a step, 0: all at once */
   uint64_t sent_ms;
   uint64_t change;              /* NBD_FLUSH: the last change it covers */
   uint64_t covered;             /* NBD_READ: bytes that the answer had */
@@ -159,6 +161,22 @@ bool nbd_is_hasty (const struct nbd *n);
  */
 void nbd_stop (struct nbd *n, bool last);
 
+/* Perhaps connections are lost because of it: it is sent alone, and before others. */
+static inline bool
+nbd_is_suspect (const struct nbd_request *req)
+{
+  return req->losses >= 2;
+}
+
+/* Bytes of a read that are asked for next. */
+static inline uint64_t
+nbd_step (const struct nbd_request *req)
+{
+  uint64_t left = req->len - req->had;
+
+  return req->step && req->step < left ? req->step : left;
+}
+
 /* Bytes of data that go with it over the line. */
 static inline uint64_t
 nbd_payload (const struct nbd_request *req)
@@ -167,6 +185,7 @@ nbd_payload (const struct nbd_request *req)
 }
 
 void nbd_list_push (struct nbd_list *l, struct nbd_request *req);
+void nbd_list_push_front (struct nbd_list *l, struct nbd_request *req);
 void nbd_list_remove (struct nbd_list *l, struct nbd_request *req);
 
 /* The result is known: r = 0 or -errno.  I/O thread. */
@@ -221,8 +240,9 @@ void nbd_samples_spoil (struct nbd *n, uint64_t off, uint64_t len);
 
 /* Ask for samples on a new connection; others: there are other connections.  false: it takes none. */
 bool nbd_verify_begin (struct nbd_conn *c, bool others);
-/* A connection has lasted: the line is good. */
+/* A connection has lasted: the line is good.  Or it has not: it carries no more than samples. */
 void nbd_verify_lasted (struct nbd *n);
+void nbd_verify_fewer (struct nbd *n);
 
 bool nbd_verify_done (const struct nbd_conn *c);
 bool nbd_verify_same (const struct nbd_conn *c);

@@ -10,9 +10,11 @@
  * those that wait fail.  A later one is a reason to look again, once a second at the most.
  *
  * A request that was in flight when a connection was lost twice is a suspect: perhaps the server
- * breaks off because of it.  While there are suspects one request is in flight at a time, so
- * that the innocent get through; at the fourth loss it fails.  After that, until something
- * is answered, others fail at the first.
+ * breaks off because of it.  While there are suspects one request is in flight at a time, and the
+ * one that a connection was lost with is the first on the next: on a line that breaks now and then
+ * the innocent get through.  Before long a read goes in small steps, for lines that break after so
+ * many bytes.  Lost alone four times, it fails; after that, until something is answered, others
+ * fail at the first loss.
  *
  * Invariants: none of its own.  A change is never sent twice (nbd-conn.c).
  */
@@ -52,6 +54,18 @@ nbd_list_push (struct nbd_list *l, struct nbd_request *req)
 }
 
 void
+nbd_list_push_front (struct nbd_list *l, struct nbd_request *req)
+{
+  req->prev = NULL;
+  req->next = l->head;
+  if (l->head)
+    l->head->prev = req;
+  else
+    l->tail = req;
+  l->head = req;
+}
+
+void
 nbd_list_remove (struct nbd_list *l, struct nbd_request *req)
 {
   if (req->prev)
@@ -78,7 +92,7 @@ retire (struct nbd *n)
 void
 nbd_finish (struct nbd *n, struct nbd_request *req, int r)
 {
-  if (req->losses >= 2)
+  if (nbd_is_suspect (req))
     n->nr_suspects--;
   if (r != -ENOTCONN)
     n->distrust = false;
@@ -375,7 +389,8 @@ nbd_submit (struct nbd *n, struct nbd_request *req)
 
   req->n = n;
   req->conn = NULL;
-  req->losses = 0;
+  req->losses = req->alone = 0;
+  req->had = req->step = 0;
   {
     LOCK_SCOPE (&n->queue_lock);
     if (!n->running)

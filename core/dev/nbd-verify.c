@@ -192,6 +192,15 @@ nbd_verify_lasted (struct nbd *n)
     n->samples->most = n->samples->nr;
 }
 
+void
+nbd_verify_fewer (struct nbd *n)
+{
+  struct nbd_samples *s = n->samples;
+
+  if (s)
+    s->most = MAX (s->most / 4, MIN (s->nr, (unsigned) LEAST));
+}
+
 bool
 nbd_verify_done (const struct nbd_conn *c)
 {
@@ -219,7 +228,7 @@ nbd_verify_free (struct nbd_conn *c)
   struct nbd_verify *v = c->verify;
 
   if (v && v->left > 0)
-    s->most = MAX (s->most / 4, MIN (s->nr, (unsigned) LEAST));
+    nbd_verify_fewer (c->n);
   for (unsigned i = 0; v && v->left > 0 && i < s->nr; ++i)
     if (v->answers[i].v && !v->answers[i].came && ++s->list[i].losses >= MAX_LOSSES)
       s->list[i].known = false;

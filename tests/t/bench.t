@@ -3,7 +3,7 @@
 # not when it is interrupted.  How fast anything is, is not asked here.
 . "$(dirname "$0")/../lib.sh"
 require fio qemu-nbd
-fio --enghelp | grep -q -w nbd || skip_all "fio has no nbd engine"
+fio --enghelp | holds -w nbd || skip_all "fio has no nbd engine"
 [ -z "$sanitized" ] || skip_all "nothing of this is measured under a sanitizer"
 for p in peak bench/synthetic; do
   [ -x "$BUILD/tests/$p" ] || skip_all "$BUILD/tests/$p is missing: make check builds it"

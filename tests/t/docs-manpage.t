@@ -59,7 +59,7 @@ ok "nbdkit finds the plugin by its name there" eval \
   'cmp "$PLUGIN" "root$(pkg-config --variable=plugindir nbdkit)/nbdkit-qcow2repair-plugin.so"'
 if command -v man >/dev/null; then
   ok "man finds the page by its name there" eval \
-    'man -M "$PWD/root/usr/share/man" nbdkit-qcow2repair-plugin | grep -q "heal it into"'
+    'man -M "$PWD/root/usr/share/man" nbdkit-qcow2repair-plugin | holds "heal it into"'
 else
   ok "the page is there" test -s root/usr/share/man/man1/nbdkit-qcow2repair-plugin.1
 fi

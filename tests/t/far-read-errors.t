@@ -66,8 +66,8 @@ proxy error $((l2 + 1024)) 1
 ok "for a while: starts" server_start s uri="$proxy_uri"
 ok "for a while: what it maps cannot be read" answers "error EIO,ok" "$server_uri" "read 8388608 4096" "read 33554432 4096 a.qcow2.raw"
 proxy error off
-read_again () { until nbd_do "$server_uri" "read 8388608 4096 a.qcow2.raw" | grep -q '^ok'; do sleep 0.2; done; }
-export -f read_again nbd_do; export server_uri tests_dir
+read_again () { until nbd_do "$server_uri" "read 8388608 4096 a.qcow2.raw" | holds '^ok'; do sleep 0.2; done; }
+export -f read_again nbd_do holds; export server_uri tests_dir
 ok "for a while: then it can" timeout 30 bash -c read_again
 server_stop
 

@@ -56,9 +56,9 @@ mends "header length" backed H10  set header_length=7
 mends "length of the format" backed H03  write $(($(ext_off backed.qcow2 e2792aca) - 4)) 7fffffff
 mends "length of the feature names" backed H03  write $(($(ext_off backed.qcow2 6803f857) - 4)) 7fffffff
 mends "length of the bitmaps" backed H03  write $(($(ext_off backed.qcow2 23852875) - 4)) 7fffffff
-ok "the bitmap is still there" eval 'qemu-img info -f qcow2 healed.qcow2 | grep -q kept'
+ok "the bitmap is still there" eval 'qemu-img info -f qcow2 healed.qcow2 | holds kept'
 mends "place of the backing file's name" backed H04  set backing_file_offset=0x7fffff00
-ok "it is known again" eval 'qemu-img info -f qcow2 healed.qcow2 | grep -q "backing file: base.raw"'
+ok "it is known again" eval 'qemu-img info -f qcow2 healed.qcow2 | holds "backing file: base.raw"'
 mends "l1_size too small" small H06  set l1_size=3
 mends "l1_size too large" small H07  set l1_size=0x7fffffff
 cp small.raw larger.raw

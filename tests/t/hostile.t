@@ -67,7 +67,7 @@ judge ()
     r=$?
     # A cluster that two entries shared, without a snapshot, and the guest wrote to one:
     # the other may not know that it is alone now, which costs it a copy.
-    if [ $r -eq 2 ] && ! { report_has T15 >/dev/null && ! grep ERROR check.log | grep -q -v 'OFLAG_COPIED.*refcount=1'; }; then
+    if [ $r -eq 2 ] && ! { report_has T15 >/dev/null && ! grep ERROR check.log | holds -v 'OFLAG_COPIED.*refcount=1'; }; then
       echo "called sound, and QEMU finds errors:"
       head -n 3 check.log
       return 1

@@ -60,7 +60,7 @@ reported "a damaged backing file" backing=follow
 is "a damaged backing file: in the chain" "$(jq -c '[."backing-chain"[] | [.format, .findings[0].mended]]' r.json)" '[["qcow2",true]]'
 reported "a backing file that is refused"
 fresh -o data_file=a.data; patch a.qcow2 rt-zero; reported "a data file" data-file=follow overlay=o.qcow2
-qemu-img create -q -f qcow2 --object secret,id=s,data=k -o encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10 a.qcow2 1M
+create_encrypted luks k a.qcow2 1M
 patch a.qcow2 rt-zero; reported "encrypted" overlay=o.qcow2
 
 fresh; patch a.qcow2 rt-zero; reported "in place" inplace=true

@@ -98,11 +98,8 @@ served "a refcount table of many clusters"
 for format in luks aes; do
   secret=(--object secret,id=s,data=abc)
   opts="driver=qcow2,encrypt.format=$format,encrypt.key-secret=s,file.filename"
-  iter=
-  [ $format = aes ] || iter=,encrypt.iter-time=10
   rm -f f.qcow2 o.qcow2 h.qcow2
-  qemu-img create -q -f qcow2 "${secret[@]}" -o "encrypt.format=$format,encrypt.key-secret=s$iter" f.qcow2 8M \
-    2>create.log || { skip "$format: this qemu-img does not create it"; continue; }
+  create_encrypted $format abc f.qcow2 8M || { skip "$format: this qemu-img does not create it"; continue; }
   qemu-io "${secret[@]}" --image-opts "$opts=f.qcow2" -c 'write -P 5 0 1M' -c 'write -P 6 3M 2M' >/dev/null
   qemu-img snapshot "${secret[@]}" --image-opts "$opts=f.qcow2" -c s 2>/dev/null
   qemu-io "${secret[@]}" --image-opts "$opts=f.qcow2" -c 'write -P 7 3M 1M' >/dev/null

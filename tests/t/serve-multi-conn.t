@@ -41,7 +41,7 @@ ok "overlay: no errors, no leaks" nested_qemu_img_check o.qcow2
 ok "overlay: once more, all is there" serve d.qcow2 overlay=o.qcow2 \
   --run "'$BUILD/tests/nbd-ops' verify \"\$uri\" state"
 
-if command -v fio >/dev/null && fio --enghelp 2>/dev/null | grep -qw nbd; then
+if command -v fio >/dev/null && fio --enghelp 2>/dev/null | holds -w nbd; then
   make_image a.qcow2 64M -o cluster_size=16k
   fio='fio --name=t --ioengine=nbd --uri="$uri" --rw=randwrite --bsrange=512-32k --bs_unaligned=1
        --size=12M --iodepth=16 --numjobs=4 --offset_increment=12M --verify=crc32c --do_verify=1

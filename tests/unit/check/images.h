@@ -75,7 +75,7 @@ make_image (const char *opts, const char *size, const char *commands)
 
   snprintf (path, sizeof path, "%s/disk.qcow2", folder);
   /* On a busy machine qemu-img sometimes cannot time its key derivation. */
-  if (run ("set -e; f=%s; cd %s; for i in 1 2 3 4 5 6 7 8; do "
+  if (run ("set -e; f=%s; cd %s; for i in $(seq 100); do "
            "qemu-img create -q -f qcow2 -o %s \"$f\" %s && break; done; %s", path, folder,
            opts, size, commands[0] ? commands : ":") != 0)
     fail_msg ("qemu-img cannot make %s %s: %s", opts, size, commands);

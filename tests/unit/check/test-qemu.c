@@ -329,7 +329,7 @@ try_kind (const struct kind *kind)
   snprintf (path, sizeof path, "%s/disk.qcow2", folder);
   if (run ("set -e; cd %s; f=disk.qcow2; "
            "secret='--object secret,id=s,data=abc'; "
-           "io=\"%s\"; for i in 1 2 3 4 5 6 7 8; do "
+           "io=\"%s\"; for i in $(seq 100); do "
            "qemu-img create -q -f qcow2 %s -o %s $f 8M && break; done; %s :", folder,
            kind->secret ? "qemu-io $secret --image-opts "
                           "driver=qcow2,encrypt.key-secret=s,file.filename=$f"
