@@ -214,5 +214,6 @@ io_cache (void *handle, uint32_t count, uint64_t guest_off, uint32_t flags)
     return -1;
   r = bdev_cache (d, guest_off, count, &err);
   end (token);
-  return r < 0 ? fail ("cache", count, guest_off, r, &err) : 0;
+  /* A hint for which there is no room. */
+  return r < 0 && r != -EAGAIN ? fail ("cache", count, guest_off, r, &err) : 0;
 }

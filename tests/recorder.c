@@ -23,6 +23,7 @@ struct recorder {
   pthread_mutex_t lock;
   struct recorded_vec list;     /* protected by lock */
   struct bad_vec bad;           /* protected by lock */
+  atomic_bool refuses;
 };
 
 static struct bdev *
@@ -100,6 +101,8 @@ recorder_extents (struct bdev *d, uint64_t off, uint64_t len, bdev_extent_fn fn,
 static int
 recorder_cache (struct bdev *d, uint64_t off, uint64_t len, struct err *err)
 {
+  if (atomic_load (&((struct recorder *) d)->refuses))
+    return -EAGAIN;
   return bdev_cache (record (d, REC_CACHE, off, len, 0), off, len, err);
 }
 
@@ -253,6 +256,12 @@ recorder_fail (struct bdev *d, uint64_t off, uint64_t len, int error)
 
   if (bad_vec_push (&rec->bad, (struct bad) { off, len, error }) < 0)
     abort ();
+}
+
+void
+recorder_refuse (struct bdev *d, bool on)
+{
+  atomic_store (&((struct recorder *) d)->refuses, on);
 }
 
 void

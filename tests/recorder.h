@@ -36,4 +36,7 @@ bool recorder_read_twice (struct bdev *d);
 void recorder_fail (struct bdev *d, uint64_t off, uint64_t len, int error);
 void recorder_heal (struct bdev *d);    /* no more */
 
+/* Refuse to cache, as a far device does that has much on its way; such calls are not listed. */
+void recorder_refuse (struct bdev *d, bool on);
+
 #endif /* QR_TESTS_RECORDER_H */

@@ -159,7 +159,8 @@ int bdev_extents (struct bdev *d, uint64_t off, uint64_t len, bdev_extent_fn fn,
                   void *opaque, struct err *err);
 
 /* Hint that the range will be read soon.  Without ops->cache: does nothing.  On a far
- * device it returns before the bytes are there.
+ * device it returns before the bytes are there; -EAGAIN: it has too much on its way now for all of
+ * it.
  */
 int bdev_cache (struct bdev *d, uint64_t off, uint64_t len, struct err *err);
 

@@ -2,7 +2,7 @@
  *
  * Pieces of the disk, on their way or here, in the order in which they were last used.  A read
  * takes what is here, waits for what is on its way, and asks for the rest itself.  A hint that
- * finds no room is dropped: everything is read correctly without it.  There are few pieces, so
+ * finds no room is refused: everything is read correctly without it.  There are few pieces, so
  * that a list is searched quickly enough beside a journey over a network.
  *
  * A change takes the pieces that it touches off the list, before and after: one that is on its
@@ -27,6 +27,7 @@ enum state { LOADING, READY, FAILED };
 struct piece {
   struct nbd_ahead *a;
   uint64_t off, len;            /* bytes; constant */
+  uint64_t taken;               /* bytes that were read of it */
   uint8_t *buf;
   enum state state;
   bool listed;                  /* can be found */
@@ -70,7 +71,7 @@ unlink_locked (struct nbd_ahead *a, struct piece *p)
   a->nr--;
 }
 
-/* What has been read to its end is least likely to be needed again. */
+/* What has been read, all of it, is least likely to be needed again. */
 static void
 link_last_locked (struct nbd_ahead *a, struct piece *p)
 {
@@ -214,8 +215,8 @@ new_piece_locked (struct nbd *n, uint64_t off, uint64_t len)
   return p;
 }
 
-/* The first part of the range that is not here yet, as a piece; NULL: there is none, or no room.
- * *done: how much of the range that takes care of.
+/* The first part of the range that is not here yet, as a piece.  NULL: there is none, or no room, then
+ * *done is 0; else *done is how much of the range that takes care of.
  */
 static struct piece *
 next_piece (struct nbd *n, uint64_t off, uint64_t len, uint64_t *done)
@@ -238,11 +239,11 @@ next_piece (struct nbd *n, uint64_t off, uint64_t len, uint64_t *done)
     return NULL;
   p = new_piece_locked (n, at, want);
   if (!p)
-    *done = len;
+    *done = 0;
   return p;
 }
 
-void
+bool
 nbd_ahead_fetch (struct nbd *n, uint64_t off, uint64_t len)
 {
   while (len > 0) {
@@ -251,9 +252,12 @@ nbd_ahead_fetch (struct nbd *n, uint64_t off, uint64_t len)
 
     if (p)
       nbd_submit (n, &p->req);
+    if (done == 0)
+      return false;
     off += done;
     len -= done;
   }
+  return true;
 }
 
 /* --- using */
@@ -279,8 +283,9 @@ nbd_ahead_take (struct nbd *n, void *buf, size_t len, uint64_t off, size_t *gap)
     good = p->state == READY && p->listed;
     got = MIN (len, p->off + p->len - off);
     if (good) {
+      p->taken += got;          /* in any order: several requests of one reader are in flight */
       unlink_locked (a, p);
-      (off + got == p->off + p->len ? link_last_locked : link_locked) (a, p);
+      (p->taken >= p->len ? link_last_locked : link_locked) (a, p);
     }
   }
   if (good)

@@ -274,8 +274,10 @@ nbd_align (const struct nbd *n, uint64_t *off, uint64_t *len)
 int nbd_ahead_new (struct nbd *n, struct nbd_ahead **ret, struct err *err);
 void nbd_ahead_free (struct nbd_ahead *a);      /* nothing is under way */
 
-/* Begin to read what of the range is neither here nor a known hole. */
-void nbd_ahead_fetch (struct nbd *n, uint64_t off, uint64_t len);
+/* Begin to read what of the range is neither here nor a known hole.  false: there is no room for all
+ * of it.
+ */
+bool nbd_ahead_fetch (struct nbd *n, uint64_t off, uint64_t len);
 
 /* Copy the bytes from off on that were read ahead, waiting for those on their way.  Returns how
  * many (at most len); if none, *gap is how many from off on were not.

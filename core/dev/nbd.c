@@ -149,8 +149,7 @@ nbd_pread_op (struct bdev *d, void *buf, size_t len, uint64_t off, struct err *e
 static int
 nbd_cache_op (struct bdev *d, uint64_t off, uint64_t len, struct err *err)
 {
-  nbd_ahead_fetch ((struct nbd *) d, off, len);
-  return 0;
+  return nbd_ahead_fetch ((struct nbd *) d, off, len) ? 0 : -EAGAIN;
 }
 
 /* --- changing */

@@ -5,8 +5,9 @@
  * near, depends on its length, or else small reads here and there would look like streams.
  * From the third read that takes the end further on, a window before it is kept announced: up to
  * four times what the stream has read so far, so that a reader who stops has not cost much more
- * than he read.  All streams together announce no more than a device is likely to keep until it is
- * read.
+ * than he read.  It ends where another stream began: that has been read by somebody, as when a disk is
+ * copied in several places at once.  All streams that have something before them announce together no more
+ * than a device is likely to keep until it is read.
  *
  * Deliberately not here: bytes.  What was announced is with the device below.
  */
@@ -14,25 +15,23 @@
 #include <stdlib.h>
 
 #include "base/cleanup.h"
-#include "base/clock.h"
 #include "base/num.h"
 #include "dev/readahead.h"
 
 #define NR_STREAMS 32
-#define NEAR       (UINT64_C (4) << 20)         /* bytes around the end of a stream, at most, ... */
+#define NEAR       (UINT64_C (8) << 20)         /* bytes around the end of a stream, at most, ... */
 #define NEAR_READS 32           /* ... and in lengths of the read */
 #define FIRST      (UINT64_C (1) << 20)         /* bytes of the first window, and of two steps */
 #define ALL        (UINT64_C (96) << 20)        /* bytes of all windows together */
-#define LARGEST    (UINT64_C (32) << 20)        /* bytes of one */
+#define LARGEST    (UINT64_C (48) << 20)        /* bytes of one */
 #define STEPS      3            /* reads that make a stream of a place */
-#define ACTIVE_MS  1000
+#define RECENT     (8 * NR_STREAMS)     /* reads, of all streams */
 
 struct stream {
   uint64_t begin;               /* of the first read */
   uint64_t end;                 /* of the furthest read */
   uint64_t ahead;               /* announced up to here */
-  bool announced;               /* anything */
-  uint64_t used_ms;
+  uint64_t used;                /* the last read, by number */
   unsigned steps;
 };
 
@@ -40,62 +39,118 @@ struct readahead {
   struct bdev d;
   struct bdev *under;
   pthread_mutex_t lock;
-  struct stream streams[NR_STREAMS];    /* protected by lock */
+  /* protected by lock */
+  struct stream streams[NR_STREAMS];
+  uint64_t nr_reads;
 };
 
-static struct stream *
-stream_of_locked (struct readahead *a, uint64_t off, uint64_t len, uint64_t now)
+static bool
+is_recent_locked (const struct readahead *a, const struct stream *s)
 {
-  struct stream *oldest = &a->streams[0];
+  return a->nr_reads - s->used < RECENT;
+}
+
+/* The stream that a read belongs to: of those near, the one that was used last.  Old ones that it passes by
+ * are forgotten, lest they catch its reads.
+ */
+static struct stream *
+stream_of_locked (struct readahead *a, uint64_t off, uint64_t len)
+{
+  struct stream *oldest = &a->streams[0], *found = NULL;
   uint64_t near = MIN (NEAR, len * NEAR_READS);
 
   for (unsigned i = 0; i < NR_STREAMS; ++i) {
-    struct stream *s = &a->streams[i];
+    struct stream *s = &a->streams[i], *other = s;
 
-    if (s->steps && off <= s->end + near && s->end <= off + near)
-      return s;
-    if (s->used_ms < oldest->used_ms)
+    if (s->steps && off <= s->end + near && s->end <= off + near) {
+      if (!found || s->used > found->used) {
+        other = found;
+        found = s;
+      }
+      if (other && other->begin <= off && !is_recent_locked (a, other))
+        *other = (struct stream) { 0 };
+    }
+    if (s->used < oldest->used)
       oldest = s;
   }
-  *oldest = (struct stream) { .begin = off, .end = off, .ahead = off, .used_ms = now };
+  if (found)
+    return found;
+  *oldest = (struct stream) { .begin = off, .end = off, .ahead = off, .used = a->nr_reads };
   return oldest;
 }
 
 static uint64_t
-largest_window_locked (const struct readahead *a, uint64_t now)
+largest_window_locked (const struct readahead *a)
 {
   unsigned active = 0;
 
-  for (unsigned i = 0; i < NR_STREAMS; ++i)
-    active += a->streams[i].announced && now - a->streams[i].used_ms < ACTIVE_MS;
+  for (unsigned i = 0; i < NR_STREAMS; ++i) {
+    const struct stream *s = &a->streams[i];
+
+    active += s->ahead > s->end && is_recent_locked (a, s);
+  }
   return MIN (ALL / MAX (active, 1u), LARGEST);
+}
+
+/* Where a window from there is to end. */
+static uint64_t
+end_of_window_locked (const struct readahead *a, uint64_t from, uint64_t to)
+{
+  for (unsigned i = 0; i < NR_STREAMS; ++i)
+    if (a->streams[i].steps >= STEPS && a->streams[i].begin >= from)
+      to = MIN (to, a->streams[i].begin);
+  return to;
 }
 
 /* What is to be announced now that [off, off+len) is read: *from to *to, or nothing. */
 static bool
 step (struct readahead *a, uint64_t off, uint64_t len, uint64_t *from, uint64_t *to)
 {
-  uint64_t now = clock_ms (), size = bdev_size (&a->d);
-  uint64_t window;
+  uint64_t size = bdev_size (&a->d);
+  uint64_t window, last;
   struct stream *s;
   LOCK_SCOPE (&a->lock);
 
-  s = stream_of_locked (a, off, len, now);
-  s->used_ms = now;
+  s = stream_of_locked (a, off, len);
+  if (!is_recent_locked (a, s))
+    s->ahead = s->end;          /* what was announced may not be kept any more */
+  s->used = ++a->nr_reads;
   if (off + len <= s->end)
     return false;
   s->end = off + len;
   if (++s->steps < STEPS)
     return false;
-  window = MIN (MAX (4 * (s->end - s->begin), FIRST), largest_window_locked (a, now));
+  window = MIN (MAX (4 * (s->end - s->begin), FIRST), largest_window_locked (a));
   *from = MAX (s->ahead, s->end);
-  *to = MIN (s->end + window, size);
+  last = end_of_window_locked (a, s->end, size);
+  *to = MIN (s->end + window, last);
   /* In steps worth a request, but for the last. */
-  if (*to <= *from || (*to - *from < FIRST / 2 && *to < size))
+  if (*to <= *from || (*to - *from < FIRST / 2 && *to < last))
     return false;
-  s->announced = true;
   s->ahead = *to;
   return true;
+}
+
+/* There is no room for what begins at from: the next read announces it again. */
+static void
+take_back (struct readahead *a, uint64_t from, uint64_t to)
+{
+  LOCK_SCOPE (&a->lock);
+
+  for (unsigned i = 0; i < NR_STREAMS; ++i)
+    if (a->streams[i].ahead == to)
+      a->streams[i].ahead = from;
+}
+
+static void
+announce (struct readahead *a, uint64_t from, uint64_t to)
+{
+  for (uint64_t at = from; at < to; at += MIN (FIRST, to - at))
+    /* A hint: other errors show when it is read. */
+    if (bdev_cache (a->under, at, MIN (FIRST, to - at), NULL) == -EAGAIN) {
+      take_back (a, at, to);
+      return;
+    }
 }
 
 static int
@@ -105,7 +160,7 @@ readahead_pread (struct bdev *d, void *buf, size_t len, uint64_t off, struct err
   uint64_t from, to;
 
   if (step (a, off, len, &from, &to))
-    bdev_cache (a->under, from, to - from, NULL);       /* a hint: errors show when it is read */
+    announce (a, from, to);
   return bdev_pread (a->under, buf, len, off, err);
 }
 

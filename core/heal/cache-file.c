@@ -339,8 +339,9 @@ cache_cache (struct bdev *d, uint64_t off, uint64_t len, struct err *err)
 {
   struct cache *c = (struct cache *) d;
   uint64_t end = (off + len - 1) / UNIT + 1, size = bdev_size (d);
+  int r = 0;
 
-  for (uint64_t i = off / UNIT, n; i < end; i += n) {
+  for (uint64_t i = off / UNIT, n; i < end && r == 0; i += n) {
     bool wanted;
 
     {
@@ -350,9 +351,9 @@ cache_cache (struct bdev *d, uint64_t off, uint64_t len, struct err *err)
         ;
     }
     if (wanted)
-      bdev_cache (c->source, i * UNIT, MIN (n * UNIT, size - i * UNIT), NULL);
+      r = bdev_cache (c->source, i * UNIT, MIN (n * UNIT, size - i * UNIT), err);
   }
-  return 0;
+  return r;
 }
 
 static int

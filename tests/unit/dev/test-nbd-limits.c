@@ -1,4 +1,5 @@
 /* Limits of the server, bytes that change meanwhile, questions asked at once, and waiting that ends. */
+#include "base/cleanup.h"
 #include "line.h"
 
 /* --- constraints */
@@ -187,6 +188,69 @@ holes_change (void **state)
   end_line (&l);
 }
 
+/* --- room for what was read ahead */
+
+#define MIB (UINT64_C (1) << 20)
+
+/* There is not always room for all at once. */
+static void
+announce (const struct line *l, uint64_t off, uint64_t len)
+{
+  struct err err = { 0 };
+  int r;
+
+  while ((r = bdev_cache (l->d, off, len, &err)) == -EAGAIN)
+    usleep (1000);
+  assert_ok (r, &err);
+}
+
+static uint64_t
+bytes_sent (const struct line *l)
+{
+  size_t nr;
+  CLEANUP_FREE struct nbdserver_request *list = nbdserver_list (l->s, &nr);
+  uint64_t sum = 0;
+
+  for (size_t i = 0; i < nr; ++i)
+    sum += list[i].kind == SRV_READ ? list[i].len : 0;
+  return sum;
+}
+
+/* What was read makes room, in whatever order it was; what nobody has read yet is kept. */
+static void
+makes_room (void **state)
+{
+  struct line l = connect_line ((struct nbdserver_options) { .size = 256 * MIB }, 20, 20);
+
+  announce (&l, 0, 60 * MIB);
+  announce (&l, 60 * MIB, 60 * MIB);
+  for (uint64_t at = 0; at < 60 * MIB; at += 512 * 1024) {      /* as of two requests in flight */
+    reads_right (&l, at + 256 * 1024, 256 * 1024);
+    reads_right (&l, at, 256 * 1024);
+  }
+  announce (&l, 120 * MIB, 60 * MIB);
+  for (uint64_t at = 60 * MIB; at < 180 * MIB; at += MIB)
+    reads_right (&l, at, MIB);
+  assert_int_equal (bytes_sent (&l), 180 * MIB);          /* nothing twice */
+  end_line (&l);
+}
+
+/* More than there is room for: it says so, and all is read right. */
+static void
+no_room (void **state)
+{
+  struct line l = connect_line ((struct nbdserver_options) { .size = 256 * MIB }, 20, 20);
+  struct rule rule;
+
+  all (&l, &rule, SRV_READ, SRV_HOLD);
+  assert_int_equal (bdev_cache (l.d, 0, 256 * MIB, NULL), -EAGAIN);
+  nbdserver_decide (l.s, NULL, NULL);
+  nbdserver_release (l.s);
+  for (uint64_t at = 0; at < 256 * MIB; at += MIB)
+    reads_right (&l, at, MIB);
+  end_line (&l);
+}
+
 /* --- many questions */
 
 struct asking {
@@ -351,6 +415,8 @@ main (void)
     cmocka_unit_test (written_meanwhile),
     cmocka_unit_test (announced_meanwhile),
     cmocka_unit_test (holes_change),
+    cmocka_unit_test (makes_room),
+    cmocka_unit_test (no_room),
     cmocka_unit_test (asked_at_once),
     cmocka_unit_test (closed_while_stalled),
     cmocka_unit_test (closed_while_gone),
