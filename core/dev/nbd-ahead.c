@@ -296,6 +296,19 @@ nbd_ahead_take (struct nbd *n, void *buf, size_t len, uint64_t off, size_t *gap)
   return good ? got : 0;
 }
 
+bool
+nbd_ahead_covers (struct nbd *n, uint64_t off, uint64_t len)
+{
+  struct nbd_ahead *a = n->ahead;
+  uint64_t end = off + len;
+  const struct piece *p;
+  LOCK_SCOPE (&a->lock);
+
+  while (off < end && (p = find_locked (a, off)))
+    off = p->off + p->len;
+  return off >= end;
+}
+
 void
 nbd_ahead_forget (struct nbd *n, uint64_t off, uint64_t len)
 {

@@ -284,6 +284,9 @@ bool nbd_ahead_fetch (struct nbd *n, uint64_t off, uint64_t len);
  */
 size_t nbd_ahead_take (struct nbd *n, void *buf, size_t len, uint64_t off, size_t *gap);
 
+/* Is all of the range here or on its way?  It may be given up before it is taken. */
+bool nbd_ahead_covers (struct nbd *n, uint64_t off, uint64_t len);
+
 /* The range is going to change, or has: forget it. */
 void nbd_ahead_forget (struct nbd *n, uint64_t off, uint64_t len);
 
@@ -300,6 +303,11 @@ bool nbd_holes_cover (struct nbd *n, uint64_t off, uint64_t len);
 
 int nbd_extents (struct bdev *d, uint64_t off, uint64_t len, bdev_extent_fn fn, void *opaque,
                  struct err *err);
+
+/* Read what was read ahead, and the rest from the server.  0 or -errno; *bad, if not NULL, is where, and
+ * how much, could not be read.
+ */
+int nbd_read_blocking (struct nbd *n, void *buf, uint64_t len, uint64_t off, struct bdev_range *bad);
 
 /* --- nbd-many.c */
 

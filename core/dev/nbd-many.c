@@ -5,7 +5,7 @@
  * those that have come, so the callbacks run beside the I/O thread.  A batch that cannot be read
  * is asked for again range by range, so that an error is told of those only that it hits.
  *
- * What lies in a hole is not asked for.
+ * What lies in a hole is not asked for, nor what is being read ahead.
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -40,6 +40,7 @@ struct batch {
   uint64_t off, len;            /* what is read: inside the export, whole blocks */
   size_t room;                  /* bytes of buf: len, and what the ranges have past the end */
   uint8_t *buf;
+  bool ahead;                   /* all of it is, or was, read ahead: no requests */
   atomic_uint left;             /* requests */
   atomic_int result;
   struct batch *next;
@@ -77,17 +78,19 @@ make_batch (struct many *m, size_t first, size_t nr)
   uint64_t len = off < size ? MIN (want, size - off) : 0;
   struct batch *b;
   unsigned nr_reqs;
+  bool ahead;
 
   if (len > 0 && nbd_holes_cover (m->n, off, len))
     len = 0;
   if (len > 0)
     nbd_align (m->n, &off, &len);
-  nr_reqs = DIV_ROUND_UP (len, m->n->max_piece);
+  ahead = len > 0 && nbd_ahead_covers (m->n, off, len);
+  nr_reqs = ahead ? 0 : DIV_ROUND_UP (len, m->n->max_piece);
   b = calloc (1, sizeof *b + nr_reqs * sizeof b->reqs[0]);
   if (!b)
     return NULL;
   *b = (struct batch) { .m = m, .first = first, .nr = nr, .off = off, .len = len,
-                        .nr_reqs = nr_reqs };
+                        .ahead = ahead, .nr_reqs = nr_reqs };
   b->room = MAX (len, m->ranges[first].off - off + want);
   b->buf = malloc (b->room + 1);
   if (!b->buf) {
@@ -174,7 +177,8 @@ start_batch (struct many *m, size_t first, size_t nr)
 static void
 give (struct many *m, struct batch *b)
 {
-  int r = atomic_load (&b->result);
+  int r = b->ahead ? nbd_read_blocking (m->n, b->buf, b->len, b->off, NULL)
+                   : atomic_load (&b->result);
 
   m->bytes -= b->room;
   m->batches--;

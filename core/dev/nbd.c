@@ -123,10 +123,9 @@ read_blocks (struct nbd *n, void *buf, uint64_t len, uint64_t off)
   return r;
 }
 
-static int
-nbd_pread_op (struct bdev *d, void *buf, size_t len, uint64_t off, struct err *err)
+int
+nbd_read_blocking (struct nbd *n, void *buf, uint64_t len, uint64_t off, struct bdev_range *bad)
 {
-  struct nbd *n = (struct nbd *) d;
   uint8_t *p = buf;
 
   while (len > 0) {
@@ -135,8 +134,10 @@ nbd_pread_op (struct bdev *d, void *buf, size_t len, uint64_t off, struct err *e
     if (got == 0) {
       int r = read_blocks (n, p, gap, off);
 
+      if (r < 0 && bad)
+        *bad = (struct bdev_range) { off, gap };
       if (r < 0)
-        return fail (n, r, "read", gap, off, err);
+        return r;
       got = gap;
     }
     p += got;
@@ -144,6 +145,16 @@ nbd_pread_op (struct bdev *d, void *buf, size_t len, uint64_t off, struct err *e
     len -= got;
   }
   return 0;
+}
+
+static int
+nbd_pread_op (struct bdev *d, void *buf, size_t len, uint64_t off, struct err *err)
+{
+  struct nbd *n = (struct nbd *) d;
+  struct bdev_range bad;
+  int r = nbd_read_blocking (n, buf, len, off, &bad);
+
+  return r < 0 ? fail (n, r, "read", bad.len, bad.off, err) : 0;
 }
 
 static int

@@ -9,10 +9,9 @@ SERVE_TIMEOUT=40
 make_far_image a.qcow2
 far_qemu a.qcow2 || exit 1
 proxy_start || exit 1
-# Each start looks at the first and the last MiB, and at 256 places between them; and the check
-# announces the first MiB, in which it then asks for tables; and each connection makes sure that it leads
-# to the same disk.
-again=$((6 * 1048576))
+# Each start looks at the first and the last MiB, and at 256 places between them; and each connection
+# makes sure that it leads to the same disk.
+again=$((5 * 1048576))
 
 # bytes_twice LOG...: bytes that are in more than one read, each counted as often as it is too much.
 bytes_twice ()

@@ -251,6 +251,49 @@ no_room (void **state)
   end_line (&l);
 }
 
+struct seen {
+  const struct line *l;
+  const struct bdev_range *ranges;
+  unsigned right, wrong;
+};
+
+static int
+look (void *opaque, size_t i, const void *buf, int r, const struct err *why)
+{
+  struct seen *seen = opaque;
+  bool right = r == 0 && memcmp (buf, seen->l->disk + seen->ranges[i].off, seen->ranges[i].len) == 0;
+
+  seen->right += right;
+  seen->wrong += !right;
+  return 0;
+}
+
+/* Many ranges: what was read ahead is not read again, also if that has failed it is right. */
+static void
+many_after_ahead (void **state)
+{
+  static const struct bdev_range ranges[] = {
+    { 0, 4096 }, { 70000, 100 }, { MIB - 10, 20 }, { 3 * MIB, 4096 }, { 2 * MIB, 65536 },
+  };
+
+  for (unsigned broken = 0; broken < 2; ++broken) {
+    struct line l = connect_line ((struct nbdserver_options) { 0 }, 20, 20);
+    struct seen seen = { &l, ranges, 0, 0 };
+    struct err err = { 0 };
+    struct rule rule;
+
+    if (broken)
+      the_next (&l, &rule, SRV_READ, SRV_EIO);
+    announce (&l, 0, 2 * MIB);
+    assert_ok (bdev_read_many (l.d, ranges, 5, look, &seen, &err), &err);
+    assert_int_equal (seen.right, 5);
+    assert_int_equal (seen.wrong, 0);
+    if (!broken)
+      assert_int_equal (bytes_sent (&l), 2 * MIB + 4096 + 65536);
+    end_line (&l);
+  }
+}
+
 /* --- many questions */
 
 struct asking {
@@ -417,6 +460,7 @@ main (void)
     cmocka_unit_test (holes_change),
     cmocka_unit_test (makes_room),
     cmocka_unit_test (no_room),
+    cmocka_unit_test (many_after_ahead),
     cmocka_unit_test (asked_at_once),
     cmocka_unit_test (closed_while_stalled),
     cmocka_unit_test (closed_while_gone),
