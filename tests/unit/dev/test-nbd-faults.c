@@ -318,15 +318,17 @@ only_samples (const struct line *l)
   return only;
 }
 
-/* What answers has another byte there. */
+/* What answers has another byte there; perhaps after a write of ours elsewhere. */
 static void
-other_bytes (uint64_t where)
+other_bytes (uint64_t where, bool written)
 {
-  struct line l = connect_line ((struct nbdserver_options) { .read_only = true }, 20, 1);
+  struct line l = connect_line ((struct nbdserver_options) { .read_only = !written }, 20, 1);
   unsigned conns = nbdserver_conns (l.s);
   uint64_t furthest;
-  uint8_t buf[4096];
+  uint8_t buf[4096] = { 0 };
 
+  if (written)
+    assert_int_equal (bdev_pwrite (l.d, buf, 4096, SIZE / 2, 0, NULL), 0);
   nbdserver_forget (l.s);
   l.disk[where] ^= 1;
   break_line (&l);
@@ -343,8 +345,10 @@ other_bytes (uint64_t where)
 static void
 other_contents (void **state)
 {
-  other_bytes (4095);
-  other_bytes (SIZE / 4 + 77);
+  for (unsigned written = 0; written < 2; ++written) {
+    other_bytes (4095, written);
+    other_bytes (SIZE / 4 + 77, written);
+  }
 }
 
 int
