@@ -14,6 +14,7 @@
 #include "base/num.h"
 #include "dev/file.h"
 #include "heal/cache-file.h"
+#include "heal/fingerprint.h"
 #include "heal/overlay.h"
 #include "recorder.h"
 
@@ -530,6 +531,49 @@ other_sources (void **state)
   free_bench (&larger);
 }
 
+/* Change every byte that the fingerprint is not made of, and keep the time. */
+static void
+change_unseen (struct bench *b)
+{
+  struct fingerprint f;
+  struct bdev *file, *d;
+  struct recorded_vec v;
+  struct err err = { 0 };
+  struct stat st;
+  uint8_t *seen = calloc (b->size, 1);
+
+  assert_int_equal (stat (b->source, &st), 0);
+  assert_ok (file_open (b->source, 0, &file, &err), &err);
+  assert_ok (recorder_new (file, true, &d, &err), &err);
+  assert_ok (fingerprint_of_source (d, &f, &err), &err);
+  v = recorder_take (d);
+  for (size_t i = 0; i < v.len; ++i)
+    if (v.ptr[i].op == REC_READ)
+      memset (seen + v.ptr[i].off, 1, v.ptr[i].len);
+  for (uint64_t i = 0; i < b->size; ++i)
+    b->bytes[i] ^= !seen[i];
+  write_source (b);
+  assert_int_equal (utimensat (AT_FDCWD, b->source, (struct timespec[2]) { st.st_atim, st.st_mtim }, 0), 0);
+  vec_reset (&v);
+  free (seen);
+  bdev_unref (d);
+  bdev_unref (file);
+}
+
+/* Its fingerprint is the same, and so is its time, but it was written to. */
+static void
+written_unseen (void **state)
+{
+  struct bench b = new_bench (SIZE);
+
+  open_cache (&b);
+  read_all (&b, UNIT);
+  close_cache (&b);
+  change_unseen (&b);
+  refused (&b, "is not what is there now");
+  free_bench (&b);
+}
+
 static void
 other_files (void **state)
 {
@@ -617,6 +661,7 @@ main (void)
     cmocka_unit_test (no_space),
     cmocka_unit_test (file_lost),
     cmocka_unit_test (other_sources),
+    cmocka_unit_test (written_unseen),
     cmocka_unit_test (other_files),
     cmocka_unit_test (in_use),
     cmocka_unit_test (read_only),
