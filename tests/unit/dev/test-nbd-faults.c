@@ -347,6 +347,36 @@ other_contents (void **state)
   other_bytes (SIZE / 4 + 77);
 }
 
+/* Connections that were lost while nothing was asked of them say nothing of how much the line
+ * carries: the disk is looked at as closely as before.
+ */
+static void
+idle_ones_say_nothing (void **state)
+{
+  struct line l = connect_line ((struct nbdserver_options) { .multi_conn = true }, 20, 20);
+  struct doing o[32];
+  struct rule rule;
+  unsigned before;
+
+  all (&l, &rule, SRV_READ, SRV_HOLD);
+  for (unsigned i = 0; i < 32; ++i)
+    begin (&o[i], l.d, SRV_READ, i * 65536, 4096);
+  /* Samples of new connections are held, too. */
+  for (unsigned t = 0; t < 100 && nbdserver_conns (l.s) < 5; ++t)
+    usleep (50000);
+  assert_int_equal (nbdserver_conns (l.s), 5);
+  nbdserver_decide (l.s, NULL, NULL);
+  nbdserver_release (l.s);
+  for (unsigned i = 0; i < 32; ++i)
+    assert_int_equal (result_of (&o[i]), 0);
+  usleep (300000);              /* they are ready, and idle */
+  break_line (&l);
+  before = nbdserver_count (l.s, SRV_READ);
+  reads_right (&l, 0, 4096);
+  assert_int_equal (nbdserver_count (l.s, SRV_READ) - before, 64 + 1);
+  end_line (&l);
+}
+
 int
 main (void)
 {
@@ -361,6 +391,7 @@ main (void)
     cmocka_unit_test (without_fua),
     cmocka_unit_test (other_size),
     cmocka_unit_test (other_contents),
+    cmocka_unit_test (idle_ones_say_nothing),
   };
 
   /* What waits for ever is a failure, too. */
