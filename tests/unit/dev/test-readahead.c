@@ -364,6 +364,34 @@ no_room (void **state)
   free_disk (&k);
 }
 
+static void
+read_one_more (void *opaque)
+{
+  read_range (opaque, 20 * MIB, 21 * MIB);
+}
+
+/* Also if another thread has announced what comes after it before that was known. */
+static void
+no_room_for_one (void **state)
+{
+  struct disk k = new_disk (SIZE);
+  uint64_t at = 20 * MIB - 524288, end = 0;
+  struct recorded_vec v;
+
+  read_range (&k, 0, at);
+  recorder_refuse_after (k.under, read_one_more, &k);
+  read_range (&k, at, 20 * MIB);
+  read_range (&k, 21 * MIB, 23 * MIB);
+  v = recorder_take (k.under);
+  for (unsigned pass = 0; pass < 64; ++pass)    /* what is announced without a gap from the first on */
+    for (size_t i = 0; i < v.len; ++i)
+      if (v.ptr[i].op == REC_CACHE && (v.ptr[i].off <= end || end == 0))
+        end = MAX (end, v.ptr[i].off + v.ptr[i].len);
+  assert_true (end >= 70 * MIB);
+  vec_reset (&v);
+  free_disk (&k);
+}
+
 static int
 ignore_extent (void *opaque, uint64_t off, uint64_t len, unsigned kind)
 {
@@ -417,6 +445,7 @@ main (void)
     cmocka_unit_test (goes_on_later),
     cmocka_unit_test (over_and_over),
     cmocka_unit_test (no_room),
+    cmocka_unit_test (no_room_for_one),
     cmocka_unit_test (passes_on),
   };
 
