@@ -31,6 +31,8 @@ struct stream {
   uint64_t begin;               /* of the first read */
   uint64_t end;                 /* of the furthest read */
   uint64_t ahead;               /* announced up to here */
+  uint64_t resumed;             /* its end when it was last read again after a long time, or begin */
+  uint64_t grown;               /* the window grows with what was read from here on */
   uint64_t used;                /* the last read, by number */
   unsigned steps;
 };
@@ -75,8 +77,21 @@ stream_of_locked (struct readahead *a, uint64_t off, uint64_t len)
   }
   if (found)
     return found;
-  *oldest = (struct stream) { .begin = off, .end = off, .ahead = off, .used = a->nr_reads };
+  *oldest = (struct stream) { .begin = off, .end = off, .ahead = off, .resumed = off, .grown = off,
+                                .used = a->nr_reads };
   return oldest;
+}
+
+/* After so long what was announced may not be kept any more: it is announced again.  For a reader who reads
+ * a little at a time, with much between, the window grows anew with what he has read since the last time: or
+ * else each of his reads might cost a whole one.
+ */
+static void
+resume_locked (struct stream *s)
+{
+  s->ahead = s->end;
+  s->grown = s->resumed;
+  s->resumed = s->end;
 }
 
 static uint64_t
@@ -113,14 +128,14 @@ step (struct readahead *a, uint64_t off, uint64_t len, uint64_t *from, uint64_t 
 
   s = stream_of_locked (a, off, len);
   if (!is_recent_locked (a, s))
-    s->ahead = s->end;          /* what was announced may not be kept any more */
+    resume_locked (s);
   s->used = ++a->nr_reads;
   if (off + len <= s->end)
     return NULL;
   s->end = off + len;
   if (++s->steps < STEPS)
     return NULL;
-  window = MIN (MAX (4 * (s->end - s->begin), FIRST), largest_window_locked (a));
+  window = MIN (MAX (4 * (s->end - s->grown), FIRST), largest_window_locked (a));
   *from = MAX (s->ahead, s->end);
   last = end_of_window_locked (a, s->end, size);
   *to = MIN (s->end + window, last);

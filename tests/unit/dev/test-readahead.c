@@ -328,6 +328,24 @@ goes_on_later (void **state)
   free_disk (&k);
 }
 
+/* Who reads a little now and then, beside one who reads much, does not have a whole window announced
+ * each time.
+ */
+static void
+now_and_then (void **state)
+{
+  struct disk k = new_disk (SIZE);
+
+  read_range (&k, 0, 20 * MIB);
+  for (unsigned i = 0; i < 20; ++i) {
+    read_range (&k, (1000 + i * 75) * MIB, (1000 + (i + 1) * 75) * MIB);
+    announced (&k, 0, SIZE);
+    read_at (&k, 20 * MIB + i * 65536, 65536);
+    assert_in_range (announced (&k, 0, 1000 * MIB), 0, i ? MIB : 49 * MIB);
+  }
+  free_disk (&k);
+}
+
 /* Reading the same again and again, here and there, leaves nothing behind that catches reads. */
 static void
 over_and_over (void **state)
@@ -443,6 +461,7 @@ main (void)
     cmocka_unit_test (back_and_forth),
     cmocka_unit_test (copied_in_places),
     cmocka_unit_test (goes_on_later),
+    cmocka_unit_test (now_and_then),
     cmocka_unit_test (over_and_over),
     cmocka_unit_test (no_room),
     cmocka_unit_test (no_room_for_one),
