@@ -155,6 +155,39 @@ breaks_now_and_then (void **state)
   }
 }
 
+static enum nbdserver_answer
+short_if_longer (void *opaque, const struct nbdserver_request *req)
+{
+  return req->kind == SRV_READ && req->len > *(const uint64_t *) opaque ? SRV_SHORT : SRV_ANSWER;
+}
+
+/* Replies that lack bytes: nothing of them is given to anybody, and they are not asked for for ever. */
+static void
+short_replies (void **state)
+{
+  struct line l = connect_line ((struct nbdserver_options) { .structured = true }, 20, 20);
+  static uint8_t buf[1 << 20];
+  uint64_t most = 65536;
+  struct doing held[6];
+  struct rule rule;
+
+  nbdserver_decide (l.s, short_if_longer, &most);
+  reads_right (&l, 4096, 3 << 19);
+  most = 4096;                  /* the samples are whole */
+  assert_int_equal (bdev_pread (l.d, buf, sizeof buf, 0, NULL), -ENOTCONN);
+  nbdserver_decide (l.s, NULL, NULL);
+  reads_right (&l, 0, SIZE);
+  all (&l, &rule, SRV_READ, SRV_HOLD);          /* nobody is under suspicion any more */
+  for (unsigned i = 0; i < 6; ++i)
+    begin (&held[i], l.d, SRV_READ, i * 131072, 4096);
+  assert_true (nbdserver_await_held (l.s, 6));
+  nbdserver_decide (l.s, NULL, NULL);
+  nbdserver_release (l.s);
+  for (unsigned i = 0; i < 6; ++i)
+    assert_int_equal (result_of (&held[i]), 0);
+  end_line (&l);
+}
+
 /* --- durability */
 
 static void
@@ -385,6 +418,7 @@ main (void)
     cmocka_unit_test (reads_in_flight),
     cmocka_unit_test (one_breaks_it),
     cmocka_unit_test (breaks_now_and_then),
+    cmocka_unit_test (short_replies),
     cmocka_unit_test (flush_after_loss),
     cmocka_unit_test (flush_in_flight),
     cmocka_unit_test (write_beside_a_flush),
