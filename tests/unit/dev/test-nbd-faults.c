@@ -410,6 +410,34 @@ idle_ones_say_nothing (void **state)
   end_line (&l);
 }
 
+/* Nor do those that were looked at when all of them were lost. */
+static void
+new_ones_say_nothing (void **state)
+{
+  struct line l = connect_line ((struct nbdserver_options) { .multi_conn = true }, 20, 20);
+  unsigned samples = 0, before;
+  struct nbdserver_request *list;
+  struct doing o[32];
+  struct rule rule;
+  size_t nr;
+
+  all (&l, &rule, SRV_READ, SRV_HOLD);
+  for (unsigned i = 0; i < 32; ++i)
+    begin (&o[i], l.d, SRV_READ, i * 65536, 512);
+  assert_true (nbdserver_await_held (l.s, 32 + 4 * 8));
+  before = nbdserver_conns (l.s);
+  nbdserver_decide (l.s, NULL, NULL);
+  break_line (&l);
+  for (unsigned i = 0; i < 32; ++i)
+    assert_int_equal (result_of (&o[i]), 0);
+  list = nbdserver_list (l.s, &nr);
+  for (size_t i = 0; i < nr; ++i)
+    samples += list[i].conn == before + 1 && list[i].len == 4096;
+  free (list);
+  assert_int_equal (samples, 64);
+  end_line (&l);
+}
+
 int
 main (void)
 {
@@ -426,6 +454,7 @@ main (void)
     cmocka_unit_test (other_size),
     cmocka_unit_test (other_contents),
     cmocka_unit_test (idle_ones_say_nothing),
+    cmocka_unit_test (new_ones_say_nothing),
   };
 
   /* What waits for ever is a failure, too. */
