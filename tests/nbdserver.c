@@ -335,6 +335,9 @@ handle (struct conn *c, const struct nbdserver_request *req, const uint8_t cooki
       reply_read (c, req, cookie, s->opts.disk + req->off, req->len / 2);
     drop_all_locked (s);
     break;
+  case SRV_SHORT:
+    reply_read (c, req, cookie, s->opts.disk + req->off, req->len / 2);
+    break;
   case SRV_DO_AND_DROP:
     carry_out (c, req, data);
     drop_all_locked (s);

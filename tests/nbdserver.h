@@ -23,6 +23,8 @@ enum nbdserver_answer {
   SRV_DROP,                     /* all connections are closed instead */
   SRV_DO_AND_DROP,              /* carried out, then all connections are closed without a reply */
   SRV_HALF,                     /* a read: half of the reply, then all connections are closed */
+  SRV_SHORT,                    /* a structured reply to a read, whole by its own account, without its
+                                   second half */
 };
 
 struct nbdserver_request {

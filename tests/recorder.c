@@ -24,6 +24,8 @@ struct recorder {
   struct recorded_vec list;     /* protected by lock */
   struct bad_vec bad;           /* protected by lock */
   atomic_bool refuses;
+  void (*first) (void *opaque); /* see recorder_refuse_after; one thread */
+  void *opaque;
 };
 
 static struct bdev *
@@ -101,7 +103,15 @@ recorder_extents (struct bdev *d, uint64_t off, uint64_t len, bdev_extent_fn fn,
 static int
 recorder_cache (struct bdev *d, uint64_t off, uint64_t len, struct err *err)
 {
-  if (atomic_load (&((struct recorder *) d)->refuses))
+  struct recorder *rec = (struct recorder *) d;
+  void (*first) (void *) = rec->first;
+
+  if (first) {
+    rec->first = NULL;
+    first (rec->opaque);
+    return -EAGAIN;
+  }
+  if (atomic_load (&rec->refuses))
     return -EAGAIN;
   return bdev_cache (record (d, REC_CACHE, off, len, 0), off, len, err);
 }
@@ -262,6 +272,15 @@ void
 recorder_refuse (struct bdev *d, bool on)
 {
   atomic_store (&((struct recorder *) d)->refuses, on);
+}
+
+void
+recorder_refuse_after (struct bdev *d, void (*fn) (void *opaque), void *opaque)
+{
+  struct recorder *rec = (struct recorder *) d;
+
+  rec->opaque = opaque;
+  rec->first = fn;
 }
 
 void

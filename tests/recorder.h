@@ -39,4 +39,7 @@ void recorder_heal (struct bdev *d);    /* no more */
 /* Refuse to cache, as a far device does that has much on its way; such calls are not listed. */
 void recorder_refuse (struct bdev *d, bool on);
 
+/* The next call that is to cache does this first, then it is refused; it alone. */
+void recorder_refuse_after (struct bdev *d, void (*fn) (void *opaque), void *opaque);
+
 #endif /* QR_TESTS_RECORDER_H */

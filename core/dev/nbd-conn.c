@@ -505,6 +505,15 @@ announce_loss (struct nbd *n, bool was_ready)
   log_notice ("%s: the connection was lost (%s); trying to connect again", n->d.name, n->why);
 }
 
+/* It took the samples, and broke before the first answer.  One that nobody had asked for anything, or
+ * that others were lost together with, says nothing of how much the line carries.
+ */
+static bool
+carried_samples_only (const struct nbd_conn *c)
+{
+  return c->nr_answered == 0 && c->requests.head && !any_ready (c->n);
+}
+
 void
 nbd_conn_lose (struct nbd_conn *c, uint64_t now, const char *why)
 {
@@ -524,7 +533,7 @@ nbd_conn_lose (struct nbd_conn *c, uint64_t now, const char *why)
   c->h = NULL;
   c->state = NBD_CONN_NONE;
   nbd_verify_free (c);
-  if (was_ready && c->nr_answered == 0)
+  if (was_ready && carried_samples_only (c))
     nbd_verify_fewer (n);
   if (c->last_change > n->flushed)
     n->lost_changes = true;

@@ -51,6 +51,7 @@ struct answer {
 
 struct nbd_verify {
   unsigned left;                /* answers that have not come */
+  bool others;                  /* there were other connections when they were asked for */
   struct answer answers[NR_SAMPLES];
   uint8_t bytes[];              /* as in nbd_samples */
 };
@@ -171,6 +172,7 @@ nbd_verify_begin (struct nbd_conn *c, bool others)
   if (!v)
     return false;
   c->verify = v;
+  v->others = others;
   for (unsigned n = 0; n < nr; ++n) {
     unsigned i = (first + n * (s->nr / nr)) % s->nr;
     nbd_completion_callback cb = { .callback = answered, .user_data = &v->answers[i] };
@@ -227,7 +229,8 @@ nbd_verify_free (struct nbd_conn *c)
   struct nbd_samples *s = c->n->samples;
   struct nbd_verify *v = c->verify;
 
-  if (v && v->left > 0)
+  /* One beside others does without many, and may have been lost together with them. */
+  if (v && v->left > 0 && !v->others)
     nbd_verify_fewer (c->n);
   for (unsigned i = 0; v && v->left > 0 && i < s->nr; ++i)
     if (v->answers[i].v && !v->answers[i].came && ++s->list[i].losses >= MAX_LOSSES)

@@ -31,6 +31,8 @@ struct stream {
   uint64_t begin;               /* of the first read */
   uint64_t end;                 /* of the furthest read */
   uint64_t ahead;               /* announced up to here */
+  uint64_t resumed;             /* its end when it was last read again after a long time, or begin */
+  uint64_t grown;               /* the window grows with what was read from here on */
   uint64_t used;                /* the last read, by number */
   unsigned steps;
 };
@@ -75,8 +77,21 @@ stream_of_locked (struct readahead *a, uint64_t off, uint64_t len)
   }
   if (found)
     return found;
-  *oldest = (struct stream) { .begin = off, .end = off, .ahead = off, .used = a->nr_reads };
+  *oldest = (struct stream) { .begin = off, .end = off, .ahead = off, .resumed = off, .grown = off,
+                                .used = a->nr_reads };
   return oldest;
+}
+
+/* After so long what was announced may not be kept any more: it is announced again.  For a reader who reads
+ * a little at a time, with much between, the window grows anew with what he has read since the last time: or
+ * else each of his reads might cost a whole one.
+ */
+static void
+resume_locked (struct stream *s)
+{
+  s->ahead = s->end;
+  s->grown = s->resumed;
+  s->resumed = s->end;
 }
 
 static uint64_t
@@ -102,8 +117,8 @@ end_of_window_locked (const struct readahead *a, uint64_t from, uint64_t to)
   return to;
 }
 
-/* What is to be announced now that [off, off+len) is read: *from to *to, or nothing. */
-static bool
+/* What is to be announced now that [off, off+len) is read: *from to *to, for that stream; NULL: nothing. */
+static struct stream *
 step (struct readahead *a, uint64_t off, uint64_t len, uint64_t *from, uint64_t *to)
 {
   uint64_t size = bdev_size (&a->d);
@@ -113,42 +128,43 @@ step (struct readahead *a, uint64_t off, uint64_t len, uint64_t *from, uint64_t 
 
   s = stream_of_locked (a, off, len);
   if (!is_recent_locked (a, s))
-    s->ahead = s->end;          /* what was announced may not be kept any more */
+    resume_locked (s);
   s->used = ++a->nr_reads;
   if (off + len <= s->end)
-    return false;
+    return NULL;
   s->end = off + len;
   if (++s->steps < STEPS)
-    return false;
-  window = MIN (MAX (4 * (s->end - s->begin), FIRST), largest_window_locked (a));
+    return NULL;
+  window = MIN (MAX (4 * (s->end - s->grown), FIRST), largest_window_locked (a));
   *from = MAX (s->ahead, s->end);
   last = end_of_window_locked (a, s->end, size);
   *to = MIN (s->end + window, last);
   /* In steps worth a request, but for the last. */
   if (*to <= *from || (*to - *from < FIRST / 2 && *to < last))
-    return false;
+    return NULL;
   s->ahead = *to;
-  return true;
+  return s;
 }
 
-/* There is no room for what begins at from: the next read announces it again. */
+/* There is no room for what begins at from: the next read announces it again.  Meanwhile another read may
+ * have announced more, beyond to: from there on it is announced twice, lest what is before is forgotten.
+ */
 static void
-take_back (struct readahead *a, uint64_t from, uint64_t to)
+take_back (struct readahead *a, struct stream *s, uint64_t from, uint64_t to)
 {
   LOCK_SCOPE (&a->lock);
 
-  for (unsigned i = 0; i < NR_STREAMS; ++i)
-    if (a->streams[i].ahead == to)
-      a->streams[i].ahead = from;
+  if (s->begin <= from && s->ahead >= to)       /* not another one in its place */
+    s->ahead = from;
 }
 
 static void
-announce (struct readahead *a, uint64_t from, uint64_t to)
+announce (struct readahead *a, struct stream *s, uint64_t from, uint64_t to)
 {
   for (uint64_t at = from; at < to; at += MIN (FIRST, to - at))
     /* A hint: other errors show when it is read. */
     if (bdev_cache (a->under, at, MIN (FIRST, to - at), NULL) == -EAGAIN) {
-      take_back (a, at, to);
+      take_back (a, s, at, to);
       return;
     }
 }
@@ -158,9 +174,10 @@ readahead_pread (struct bdev *d, void *buf, size_t len, uint64_t off, struct err
 {
   struct readahead *a = (struct readahead *) d;
   uint64_t from, to;
+  struct stream *s = step (a, off, len, &from, &to);
 
-  if (step (a, off, len, &from, &to))
-    announce (a, from, to);
+  if (s)
+    announce (a, s, from, to);
   return bdev_pread (a->under, buf, len, off, err);
 }
 

@@ -155,6 +155,39 @@ breaks_now_and_then (void **state)
   }
 }
 
+static enum nbdserver_answer
+short_if_longer (void *opaque, const struct nbdserver_request *req)
+{
+  return req->kind == SRV_READ && req->len > *(const uint64_t *) opaque ? SRV_SHORT : SRV_ANSWER;
+}
+
+/* Replies that lack bytes: nothing of them is given to anybody, and they are not asked for for ever. */
+static void
+short_replies (void **state)
+{
+  struct line l = connect_line ((struct nbdserver_options) { .structured = true }, 20, 20);
+  static uint8_t buf[1 << 20];
+  uint64_t most = 65536;
+  struct doing held[6];
+  struct rule rule;
+
+  nbdserver_decide (l.s, short_if_longer, &most);
+  reads_right (&l, 4096, 3 << 19);
+  most = 4096;                  /* the samples are whole */
+  assert_int_equal (bdev_pread (l.d, buf, sizeof buf, 0, NULL), -ENOTCONN);
+  nbdserver_decide (l.s, NULL, NULL);
+  reads_right (&l, 0, SIZE);
+  all (&l, &rule, SRV_READ, SRV_HOLD);          /* nobody is under suspicion any more */
+  for (unsigned i = 0; i < 6; ++i)
+    begin (&held[i], l.d, SRV_READ, i * 131072, 4096);
+  assert_true (nbdserver_await_held (l.s, 6));
+  nbdserver_decide (l.s, NULL, NULL);
+  nbdserver_release (l.s);
+  for (unsigned i = 0; i < 6; ++i)
+    assert_int_equal (result_of (&held[i]), 0);
+  end_line (&l);
+}
+
 /* --- durability */
 
 static void
@@ -351,6 +384,64 @@ other_contents (void **state)
   }
 }
 
+/* Connections that were lost while nothing was asked of them say nothing of how much the line
+ * carries: the disk is looked at as closely as before.
+ */
+static void
+idle_ones_say_nothing (void **state)
+{
+  struct line l = connect_line ((struct nbdserver_options) { .multi_conn = true }, 20, 20);
+  struct doing o[32];
+  struct rule rule;
+  unsigned before;
+
+  all (&l, &rule, SRV_READ, SRV_HOLD);
+  for (unsigned i = 0; i < 32; ++i)
+    begin (&o[i], l.d, SRV_READ, i * 65536, 4096);
+  /* Samples of new connections are held, too. */
+  for (unsigned t = 0; t < 100 && nbdserver_conns (l.s) < 5; ++t)
+    usleep (50000);
+  assert_int_equal (nbdserver_conns (l.s), 5);
+  nbdserver_decide (l.s, NULL, NULL);
+  nbdserver_release (l.s);
+  for (unsigned i = 0; i < 32; ++i)
+    assert_int_equal (result_of (&o[i]), 0);
+  usleep (300000);              /* they are ready, and idle */
+  break_line (&l);
+  before = nbdserver_count (l.s, SRV_READ);
+  reads_right (&l, 0, 4096);
+  assert_int_equal (nbdserver_count (l.s, SRV_READ) - before, 64 + 1);
+  end_line (&l);
+}
+
+/* Nor do those that were looked at when all of them were lost. */
+static void
+new_ones_say_nothing (void **state)
+{
+  struct line l = connect_line ((struct nbdserver_options) { .multi_conn = true }, 20, 20);
+  unsigned samples = 0, before;
+  struct nbdserver_request *list;
+  struct doing o[32];
+  struct rule rule;
+  size_t nr;
+
+  all (&l, &rule, SRV_READ, SRV_HOLD);
+  for (unsigned i = 0; i < 32; ++i)
+    begin (&o[i], l.d, SRV_READ, i * 65536, 512);
+  assert_true (nbdserver_await_held (l.s, 32 + 4 * 8));
+  before = nbdserver_conns (l.s);
+  nbdserver_decide (l.s, NULL, NULL);
+  break_line (&l);
+  for (unsigned i = 0; i < 32; ++i)
+    assert_int_equal (result_of (&o[i]), 0);
+  list = nbdserver_list (l.s, &nr);
+  for (size_t i = 0; i < nr; ++i)
+    samples += list[i].conn == before + 1 && list[i].len == 4096;
+  free (list);
+  assert_int_equal (samples, 64);
+  end_line (&l);
+}
+
 int
 main (void)
 {
@@ -359,12 +450,15 @@ main (void)
     cmocka_unit_test (reads_in_flight),
     cmocka_unit_test (one_breaks_it),
     cmocka_unit_test (breaks_now_and_then),
+    cmocka_unit_test (short_replies),
     cmocka_unit_test (flush_after_loss),
     cmocka_unit_test (flush_in_flight),
     cmocka_unit_test (write_beside_a_flush),
     cmocka_unit_test (without_fua),
     cmocka_unit_test (other_size),
     cmocka_unit_test (other_contents),
+    cmocka_unit_test (idle_ones_say_nothing),
+    cmocka_unit_test (new_ones_say_nothing),
   };
 
   /* What waits for ever is a failure, too. */

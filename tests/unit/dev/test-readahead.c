@@ -328,6 +328,24 @@ goes_on_later (void **state)
   free_disk (&k);
 }
 
+/* Who reads a little now and then, beside one who reads much, does not have a whole window announced
+ * each time.
+ */
+static void
+now_and_then (void **state)
+{
+  struct disk k = new_disk (SIZE);
+
+  read_range (&k, 0, 20 * MIB);
+  for (unsigned i = 0; i < 20; ++i) {
+    read_range (&k, (1000 + i * 75) * MIB, (1000 + (i + 1) * 75) * MIB);
+    announced (&k, 0, SIZE);
+    read_at (&k, 20 * MIB + i * 65536, 65536);
+    assert_in_range (announced (&k, 0, 1000 * MIB), 0, i ? MIB : 49 * MIB);
+  }
+  free_disk (&k);
+}
+
 /* Reading the same again and again, here and there, leaves nothing behind that catches reads. */
 static void
 over_and_over (void **state)
@@ -361,6 +379,34 @@ no_room (void **state)
   recorder_refuse (k.under, false);
   read_range (&k, 20 * MIB, 21 * MIB);
   assert_in_range (announced (&k, 20 * MIB, SIZE), 47 * MIB, 50 * MIB);
+  free_disk (&k);
+}
+
+static void
+read_one_more (void *opaque)
+{
+  read_range (opaque, 20 * MIB, 21 * MIB);
+}
+
+/* Also if another thread has announced what comes after it before that was known. */
+static void
+no_room_for_one (void **state)
+{
+  struct disk k = new_disk (SIZE);
+  uint64_t at = 20 * MIB - 524288, end = 0;
+  struct recorded_vec v;
+
+  read_range (&k, 0, at);
+  recorder_refuse_after (k.under, read_one_more, &k);
+  read_range (&k, at, 20 * MIB);
+  read_range (&k, 21 * MIB, 23 * MIB);
+  v = recorder_take (k.under);
+  for (unsigned pass = 0; pass < 64; ++pass)    /* what is announced without a gap from the first on */
+    for (size_t i = 0; i < v.len; ++i)
+      if (v.ptr[i].op == REC_CACHE && (v.ptr[i].off <= end || end == 0))
+        end = MAX (end, v.ptr[i].off + v.ptr[i].len);
+  assert_true (end >= 70 * MIB);
+  vec_reset (&v);
   free_disk (&k);
 }
 
@@ -415,8 +461,10 @@ main (void)
     cmocka_unit_test (back_and_forth),
     cmocka_unit_test (copied_in_places),
     cmocka_unit_test (goes_on_later),
+    cmocka_unit_test (now_and_then),
     cmocka_unit_test (over_and_over),
     cmocka_unit_test (no_room),
+    cmocka_unit_test (no_room_for_one),
     cmocka_unit_test (passes_on),
   };
 
