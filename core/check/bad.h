@@ -16,6 +16,7 @@ enum bad_fix {
   BAD_RESERVED,         /* reserved bits are cleared, the rest of the entry is believed */
   BAD_PLACE,            /* external data file: the place follows from the guest offset */
   BAD_SUBCLUSTERS,      /* subclusters that are both allocated and zero become zero */
+  BAD_SECTORS,          /* a compressed cluster's count of sectors is lowered: its stream ends earlier */
   BAD_CUT,              /* stays: only what lies past the end of the file is lost */
   BAD_UNREADABLE,       /* lost for the guest, but the entry stays: the device could not read */
 };
@@ -30,6 +31,7 @@ struct bad_run {
                                    belongs to every L1 entry that names it: walk the L1 tables */
   enum finding_id why;
   enum bad_fix fix;
+  uint64_t end;                 /* BAD_SECTORS: host offset where the sectors are to end */
 };
 DEFINE_VEC (bad_run_vec, struct bad_run);
 

@@ -155,9 +155,10 @@ drop_nonsense (struct checker *k)
 
 /* --- entries of L2 tables */
 
-int
-lose_entries (struct checker *k, struct finding_batch *b, const struct l2_table *t,
-              enum finding_id id, uint64_t i, uint64_t n, uint64_t raw, struct err *err)
+/* Entries [i, i+n) of t; raw is the first. */
+static int
+l2_finding (struct checker *k, struct finding_batch *b, const struct l2_table *t, enum finding_id id,
+            uint64_t i, uint64_t n, uint64_t raw, struct err *err)
 {
   struct owner o = data_owner (k, t, i, n);
   struct finding f = {
@@ -166,11 +167,27 @@ lose_entries (struct checker *k, struct finding_batch *b, const struct l2_table 
     .index = o.guest_off >> k->g->cluster_bits, .found = raw, .count = n,
   };
 
-  if (finding_batch_add (b, &f) < 0)
-    return err_set (err, ENOMEM, "out of memory");
-  return bad_add (k, (struct bad_run) { .table_host_off = t->host_off, .index = i, .count = n,
+  return finding_batch_add (b, &f) < 0 ? err_set (err, ENOMEM, "out of memory") : 0;
+}
+
+int
+lose_entries (struct checker *k, struct finding_batch *b, const struct l2_table *t,
+              enum finding_id id, uint64_t i, uint64_t n, uint64_t raw, struct err *err)
+{
+  int r = l2_finding (k, b, t, id, i, n, raw, err);
+
+  return r < 0 ? r : bad_add (k, (struct bad_run) {
+      .table_host_off = t->host_off, .index = i, .count = n, .snapshot_index = FINDING_ACTIVE,
+      .why = id, .fix = BAD_LOST }, err);
+}
+
+int
+shorten_stream (struct checker *k, const struct l2_table *t, enum finding_id id, uint64_t i,
+                uint64_t end, struct err *err)
+{
+  return bad_add (k, (struct bad_run) { .table_host_off = t->host_off, .index = i, .count = 1,
                                         .snapshot_index = FINDING_ACTIVE, .why = id,
-                                        .fix = BAD_LOST }, err);
+                                        .fix = BAD_SECTORS, .end = end }, err);
 }
 
 /* The cluster at ci, which entry i of t names, is metadata too.  *lost: of somebody
@@ -192,14 +209,33 @@ settle_cluster (struct checker *k, const struct l2_table *t, uint64_t i, uint64_
   return none ? conflict_add (k, off, k->g->cluster_size, data, l2_owner (none), err) : 0;
 }
 
+/* The first of its d->n clusters that is metadata of somebody who is believed; d->n: none is. */
+static uint64_t
+first_metadata (const struct checker *k, const struct l2_doubt *d)
+{
+  struct owner o;
+
+  for (uint64_t i = 0; i < d->n; ++i)
+    if (ownermap_get (k->meta, d->ci + i) > 0 && owner_at (k, d->ci + i, NULL, &o))
+      return i;
+  return d->n;
+}
+
 static int
 settle_overlap (struct checker *k, struct finding_batch *b, const struct l2_doubt *d,
                 struct err *err)
 {
   const struct l2_table *t = &k->l2.tables.ptr[d->table];
+  struct l2_entry e = l2_entry_decode (d->raw, 0, k->g);
   bool compressed = d->raw & L2E_COMPRESSED, any = false;
+  uint64_t first = compressed ? first_metadata (k, d) : d->n;
+  uint64_t end = (d->ci + first) << k->g->cluster_bits;
   int r = 0;
 
+  if (first < d->n && clip_whole_stream (k, &e, end)) {
+    r = l2_finding (k, b, t, FINDING_L2_ENTRY_OVERLAP, d->index, 1, d->raw, err);
+    return r < 0 ? r : shorten_stream (k, t, FINDING_L2_ENTRY_OVERLAP, d->index, end, err);
+  }
   for (uint64_t j = 0; j < d->n && r == 0; ++j) {
     bool lost = false;
 
@@ -231,17 +267,6 @@ reserved_believed (const struct checker *k, const struct l2_doubt *d)
   return refs - (none ? none->weight : 0) <= t->weight;
 }
 
-static bool
-names_metadata (const struct checker *k, const struct l2_doubt *d)
-{
-  struct owner o;
-
-  for (uint64_t i = 0; i < d->n; ++i)
-    if (ownermap_get (k->meta, d->ci + i) > 0 && owner_at (k, d->ci + i, NULL, &o))
-      return true;
-  return false;
-}
-
 static int
 compare_doubts (const void *pa, const void *pb)
 {
@@ -269,7 +294,7 @@ settle_l2_doubts (struct checker *k, struct err *err)
       continue;
     if (d->why == FINDING_L2_ENTRY_OVERLAP)
       r = settle_overlap (k, &b, d, err);
-    else if (!names_metadata (k, d))    /* or it has its run as such */
+    else if (first_metadata (k, d) == d->n)    /* or it has its run as such */
       r = bad_add (k, (struct bad_run) {
           .table_host_off = t->host_off, .index = d->index, .count = d->count,
           .snapshot_index = FINDING_ACTIVE, .why = d->why,

@@ -241,15 +241,21 @@ claim_standard (struct walk *w, uint64_t i, uint64_t n, uint64_t host_off, uint6
 }
 
 static int
-claim_compressed (struct walk *w, uint64_t i, const struct l2_entry *e, uint64_t raw,
-                  uint64_t bitmap)
+claim_compressed (struct walk *w, uint64_t i, struct l2_entry *e, uint64_t raw, uint64_t bitmap)
 {
   uint64_t ci, n;
   bool conflict = false;
-  int r;
+  int r = 0;
 
-  if (!range_fits (e->host_off, e->host_len, w->k->end))
-    return bad_entry (w, FINDING_L2_ENTRY_OUTSIDE, BAD_LOST, i, 1, raw);
+  if (!range_fits (e->host_off, e->host_len, w->k->end)) {
+    if (!clip_whole_stream (w->k, e, w->k->end))
+      return bad_entry (w, FINDING_L2_ENTRY_OUTSIDE, BAD_LOST, i, 1, raw);
+    r = entry_finding (w, FINDING_L2_ENTRY_OUTSIDE, i, 1, raw, 0);
+    if (r == 0)
+      r = shorten_stream (w->k, w->t, FINDING_L2_ENTRY_OUTSIDE, i, w->k->end, w->err);
+    if (r < 0)
+      return r;
+  }
   ci = e->host_off >> w->g->cluster_bits;
   n = ((e->host_off + e->host_len - 1) >> w->g->cluster_bits) - ci + 1;
   r = ownermap_claim (w->k->c->owners, ci, n, w->t->weight, &conflict, w->err);
@@ -277,7 +283,7 @@ count_standard (struct walk *w, uint64_t n, uint64_t host_off)
 
 static int
 check_compressed (struct walk *w, uint64_t i, uint64_t raw, uint64_t bitmap,
-                  const struct l2_entry *e)
+                  struct l2_entry *e)
 {
   int r = 0;
 

@@ -243,6 +243,24 @@ stream_decodes (struct checker *k, const struct l2_entry *e)
                              k->g->cluster_size, NULL) == 0;
 }
 
+/* There are few of them unless somebody means harm: each costs a read and the decompression of a cluster. */
+#define MAX_CLIPPED 1024
+
+bool
+clip_whole_stream (struct checker *k, struct l2_entry *e, uint64_t end)
+{
+  struct l2_entry clipped = *e;
+
+  if (e->kind != CLUSTER_COMPRESSED || e->reserved || e->host_off >= end ||
+      atomic_fetch_add (&k->nr_clipped, 1) >= MAX_CLIPPED)
+    return false;
+  clipped.host_len = end - e->host_off;
+  if (!stream_decodes (k, &clipped))
+    return false;
+  *e = clipped;
+  return true;
+}
+
 /* Is there nothing in it that the guest could lose? */
 static bool
 holds_nothing (struct checker *k, const struct rt_doubt *d, const struct l2_entry *e)
@@ -300,7 +318,8 @@ settle_table (struct checker *k, void *opaque, size_t n, const uint8_t *buf, int
     if (raw == 0)
       continue;
     e = l2_entry_decode (raw, l2_bitmap (buf, i, k->g), k->g);
-    if (e.host_off == 0 || !range_fits (e.host_off, e.host_len, k->end))
+    if (e.host_off == 0 ||
+        (!range_fits (e.host_off, e.host_len, k->end) && !clip_whole_stream (k, &e, k->end)))
       continue;
     ci = e.host_off >> k->g->cluster_bits;
     last = (e.host_off + e.host_len - 1) >> k->g->cluster_bits;

@@ -101,6 +101,7 @@ struct checker {
   struct rt_doubt_vec rt_doubts;        /* sorted by ci */
   uint64_t snaptab_len;         /* bytes of the snapshot table that were claimed */
   uint64_t crypto_off, crypto_len;      /* the encryption header, if it is where it can be */
+  atomic_uint nr_clipped;       /* streams that clip_whole_stream has looked at */
   atomic_bool incomplete;       /* becomes c->incomplete */
   atomic_bool copied_follows;   /* -> check.copied_follows */
   atomic_bool look_at_copied;   /* some L2 entry of the active disk lacks COPIED */
@@ -217,6 +218,10 @@ l2_is_nonsense (const struct l2_table *t)
   return t->bad > t->good;
 }
 
+/* The sectors of the compressed cluster that entry i of L2 table t names are to end at host offset end. */
+int shorten_stream (struct checker *k, const struct l2_table *t, enum finding_id id, uint64_t i,
+                    uint64_t end, struct err *err);
+
 /* Entries [i, i+n) of L2 table t, of which raw is the first: finding, and lost. */
 int lose_entries (struct checker *k, struct finding_batch *b, const struct l2_table *t,
                   enum finding_id id, uint64_t i, uint64_t n, uint64_t raw, struct err *err);
@@ -227,6 +232,11 @@ struct owner l2_owner (const struct l2_table *t);
 
 /* Part of the refcount structure lies where the mapping has something.  0 or -ENOMEM. */
 int rt_doubt_add (struct checker *k, uint64_t ci, uint64_t index, struct err *err);
+
+/* Entry e counts sectors that cannot be a stream's, from end on.  If it is a compressed cluster's whose stream
+ * is whole without them, as where one bit of the count is too many, e is clipped there.  Thread-safe.
+ */
+bool clip_whole_stream (struct checker *k, struct l2_entry *e, uint64_t end);
 
 /* Look at the contents: fills in "sound" and sorts. */
 int weigh_rt_doubts (struct checker *k, struct err *err);

@@ -68,7 +68,7 @@ bad_add (struct checker *k, struct bad_run b, struct err *err)
 
   LOCK_SCOPE (&k->bad_lock);
   /* What is mended bit by bit may be lost as a whole, too: see finish_bad. */
-  joins = b.fix != BAD_RESERVED && b.fix != BAD_SUBCLUSTERS;
+  joins = b.fix != BAD_RESERVED && b.fix != BAD_SUBCLUSTERS && b.fix != BAD_SECTORS;
   if (joins && v->len && continues (&v->ptr[v->len - 1], &b)) {
     v->ptr[v->len - 1].count += b.count;
     return 0;

@@ -48,6 +48,19 @@ l2_entry_decode_compressed (uint64_t raw, const struct geom *g, struct l2_entry 
   e->reserved = x > 56 ? e->host_off & ~(MAX_HOST_OFF - 1) : 0;
 }
 
+/* The compressed descriptor raw with a count of sectors that ends at host offset end, a multiple of 512
+ * that lies behind the stream's begin, and not behind its end.
+ */
+static inline uint64_t
+l2_compressed_ending_at (uint64_t raw, uint64_t end, const struct geom *g)
+{
+  unsigned x = 62 - (g->cluster_bits - 8);
+  uint64_t host_off = raw & ((UINT64_C (1) << x) - 1);
+  uint64_t sectors = (end - (host_off & ~UINT64_C (511))) / 512;
+
+  return (raw & (L2E_COMPRESSED | ENTRY_COPIED)) | (sectors - 1) << x | host_off;
+}
+
 /* A standard entry of an image without extended L2 entries, or any compressed
  * one.  bitmap is the second word of an extended entry, 0 otherwise.
  *

@@ -162,6 +162,8 @@ fix_l2_entry (struct fix *f, uint64_t i, uint64_t *raw, uint64_t *bitmap, struct
   h->res->entries_corrected++;
   if (f->run->fix == BAD_RESERVED)
     believe_the_rest (&h->g, raw, bitmap);
+  else if (f->run->fix == BAD_SECTORS)
+    *raw = l2_compressed_ending_at (*raw, f->run->end, &h->g);
   else if (f->run->fix == BAD_SUBCLUSTERS)
     resolve_subclusters (&h->g, *raw, bitmap);
   else

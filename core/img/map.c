@@ -48,16 +48,21 @@ map_check_l1 (struct image *img, uint64_t l1_index, uint64_t raw, struct err *er
 static const char *
 judge_compressed (struct image *img, const struct l2_entry *e)
 {
-  uint64_t first = ROUND_DOWN (e->host_off, img->g.cluster_size);
+  uint64_t first = ROUND_DOWN (e->host_off, img->g.cluster_size), end = file_end (img);
+  uint64_t len = e->host_len;
 
+  /* A stream says itself where it ends: one with too large a count of sectors can be read all
+   * the same.  But to overwrite it is to drop references to clusters that are not there, or not its.
+   */
+  if (!img->view.writable && e->host_off < end)
+    len = 1;
   if (img->g.data_file)
     return "a compressed cluster cannot lie in an external data file";
   if (e->reserved)
     return "reserved bits are set";
-  if (!range_fits (e->host_off, e->host_len, file_end (img)))
+  if (!range_fits (e->host_off, len, end))
     return "a compressed stream past the end of the file";
-  if (regions_overlap (img, first, ROUND_UP (e->host_off + e->host_len, img->g.cluster_size) -
-                       first))
+  if (regions_overlap (img, first, ROUND_UP (e->host_off + len, img->g.cluster_size) - first))
     return "a compressed stream inside metadata";
   return NULL;
 }

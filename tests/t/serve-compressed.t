@@ -60,6 +60,38 @@ patch a.qcow2 write $((host + 3)) "$(printf 'ff%.0s' {1..60})"
 ok "broken in a snapshot: found" eval 'serve a.qcow2 check=deep report=r.json && REPORT=r.json report_has C01'
 matches "broken in a snapshot: says so" err.log 'snapshot 0 "s", guest .0x140000'
 
+# Bits too many in a count of sectors, so that it reaches past the end of the file, or into metadata (an L1
+# table of a snapshot): the stream is whole, QEMU reads it, and so every repair keeps it.  The number is that
+# of the bits that the offset has.
+for kind in zlib,4k,58,T13 zstd,4k,58,T13 zlib,64k,54,T13 zstd,64k,54,T13 zstd,2M,49,T13 zlib,4k,58,T14 zstd,64k,54,T14; do
+  IFS=, read -r type cs bits code <<<"$kind"
+  name="$type, $cs, too many sectors, $code"
+  rm -f d.qcow2 o.qcow2 b.overlay
+  qemu-img convert -c -f raw -O qcow2 -o "compression_type=$type,cluster_size=$cs" disk.raw d.qcow2
+  [ $code != T14 ] || qemu-img snapshot -c s d.qcow2
+  last=$(($(stat -c %s disk.raw) >> $(patch d.qcow2 get cluster_bits)))
+  # The last compressed one in the disk is the last in the file.
+  until entry=$(patch d.qcow2 l2 $last); [ $((entry >> 62 & 1)) -eq 1 ]; do last=$((last - 1)); done
+  patch d.qcow2 l2 $last $((entry | ((1 << 62) - (1 << bits))))
+  cp d.qcow2 inplace.qcow2
+  cp d.qcow2 broken.qcow2
+  ok "$name: QEMU reads it" qemu-img compare -f qcow2 -F raw d.qcow2 disk.raw
+  ok "$name: read without repair" eval 'serve d.qcow2 repair=off report=r.json --run "$copy_out" && cmp out.raw disk.raw'
+  ok "$name: found" eval 'REPORT=r.json report_has $code'
+  ok "$name: healed" eval 'serve d.qcow2 repair=all overlay=o.qcow2 report=r.json --run "$copy_out" && cmp out.raw disk.raw'
+  is "$name: nothing was lost" "$(jq -c '[.lost.ranges, .healed."entries-cleared"]' r.json)" '[[],0]'
+  ok "$name: QEMU finds no errors and no leaks in the healed image" nested_qemu_img_check o.qcow2
+  ok "$name: QEMU reads what it read before" eval 'nested_convert o.qcow2 n.raw && cmp n.raw disk.raw'
+  ok "$name: mended in place" serve inplace.qcow2 repair=all inplace=true
+  ok "$name: in place: no errors, no leaks" img_check_clean -f qcow2 inplace.qcow2
+  ok "$name: in place: QEMU reads what it read before" qemu-img compare -f qcow2 -F raw inplace.qcow2 disk.raw
+  # What does not decompress is lost, as ever.
+  patch broken.qcow2 write $((entry & ((1 << bits) - 1))) "$(printf 'ff%.0s' {1..40})"
+  ok "$name, broken: heals" serve broken.qcow2 repair=all overlay=b.overlay report=r.json
+  is "$name, broken: it is told as lost" "$(jq -c '[.lost.ranges[]."guest-offset"] | unique' r.json)" \
+    "[$((last << $(patch broken.qcow2 get cluster_bits)))]"
+done
+
 # Descriptors that promise more than there is: never more than a cluster out.
 qemu-img convert -c -f raw -O qcow2 disk.raw a.qcow2
 patch a.qcow2 l2 20 $((entry | (255 << 54)))

@@ -460,6 +460,47 @@ broken_behind (void **state)
   free (buf);
 }
 
+/* A descriptor that counts more sectors than the file has: where nothing is written, the
+ * stream is read as QEMU reads it; elsewhere it is refused.  One that begins behind the end is
+ * refused everywhere.
+ */
+static void
+too_many_sectors (void **state)
+{
+  struct image_options read_only = { .read_only = true };
+  uint64_t guest_off, at, behind = UINT64_C (1) << 62 | UINT64_C (1) << 40;
+  struct bdev *file, *view;
+  struct err err = { 0 };
+  uint8_t raw[8], buf[512];
+  struct l2_entry e;
+  struct model m;
+
+  require_program ("qemu-img");
+  model_init (&m, 1 << 20, 16, 6);
+  fill_model (&m);
+  file = make_file (&m, "compat=1.1", false);
+  for (unsigned n = 0;; ++n) {  /* one near the end of the file */
+    at = find_entry (file, n, &guest_off, &e);
+    if (e.host_off + 100000 > bdev_size (file))
+      break;
+  }
+  store_be64 (raw, UINT64_C (1) << 62 | UINT64_C (255) << 54 | e.host_off);
+  assert_ok (bdev_pwrite (file, raw, 8, at, 0, &err), &err);
+  view = open_view (file, NULL, 0);
+  assert_int_equal (bdev_pread (view, buf, 512, guest_off, NULL), -EIO);
+  bdev_unref (view);
+  assert_ok (image_open (file, &read_only, &view, &err), &err);
+  check_all (view, &m);
+  bdev_unref (view);
+  store_be64 (raw, behind);
+  assert_ok (bdev_pwrite (file, raw, 8, at, 0, &err), &err);
+  assert_ok (image_open (file, &read_only, &view, &err), &err);
+  assert_int_equal (bdev_pread (view, buf, 512, guest_off, NULL), -EIO);
+  bdev_unref (view);
+  bdev_unref (file);
+  free (m.bytes);
+}
+
 /* Readers of one half of the disk while the other half, whose streams share
  * host clusters with it, is overwritten and the space used again.
  */
@@ -525,6 +566,7 @@ main (void)
     cmocka_unit_test (decompressed_once),
     cmocka_unit_test (kept_when_met_again),
     cmocka_unit_test (broken_behind),
+    cmocka_unit_test (too_many_sectors),
     cmocka_unit_test (neighbours_kept),
   };
 
