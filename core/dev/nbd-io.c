@@ -256,7 +256,7 @@ dispatch (struct nbd *n, uint64_t now)
     nbd_list_remove (&n->pending, req);
     if (!nbd_conn_send (c, req, now)) {
       nbd_conn_lose (c, now, "it does not take requests any more");
-      nbd_list_push (&n->pending, req);
+      nbd_list_push_front (&n->pending, req);
     }
   }
 }

@@ -2,8 +2,10 @@
  *
  * Only a clear yes of theirs counts, all else is left to zlib: so a stream that
  * zlib would take is taken, and one that is refused is with zlib's words, whatever was built.
- * The other way there are differences, which random damage hardly ever meets: ISA-L takes some
- * headers with an incomplete code, and libdeflate two symbols that mean nothing.
+ * The other way there are differences: ISA-L takes some headers with an incomplete code, and
+ * libdeflate two symbols that mean nothing.  Of streams with one bit flipped that zlib refuses, ISA-L took one
+ * in 200 with clusters of 512 bytes and one in 10,000 from 4 KiB on, libdeflate one in 700 at the most; deflate
+ * has no checksum, and zlib itself takes many of the streams that are damaged.
  *
  * libdeflate knows whole streams only.  One that goes on past out_len is left to
  * zlib, too: what is in out then is not documented.

@@ -67,6 +67,23 @@ reads_in_flight (void **state)
     }
 }
 
+/* Nobody is under suspicion any more: there can be many in flight again. */
+static void
+many_in_flight (struct line *l)
+{
+  struct doing held[6];
+  struct rule rule;
+
+  all (l, &rule, SRV_READ, SRV_HOLD);
+  for (unsigned i = 0; i < 6; ++i)
+    begin (&held[i], l->d, SRV_READ, i * 131072, 4096);
+  assert_true (nbdserver_await_held (l->s, 6));
+  nbdserver_decide (l->s, NULL, NULL);
+  nbdserver_release (l->s);
+  for (unsigned i = 0; i < 6; ++i)
+    assert_int_equal (result_of (&held[i]), 0);
+}
+
 /* One request breaks every connection: it fails, and all others are answered. */
 static enum nbdserver_answer
 poison (void *opaque, const struct nbdserver_request *req)
@@ -79,8 +96,7 @@ static void
 one_breaks_it (void **state)
 {
   struct line l = connect_line ((struct nbdserver_options) { .multi_conn = true }, 20, 20);
-  struct doing bad, good[4], held[6];
-  struct rule rule;
+  struct doing bad, good[4];
 
   for (unsigned round = 0; round < 2; ++round) {
     nbdserver_decide (l.s, poison, NULL);
@@ -92,16 +108,8 @@ one_breaks_it (void **state)
       assert_int_equal (result_of (&good[i]), 0);
       assert_memory_equal (good[i].buf, l.disk + i * 65536, 65536);
     }
-    /* Nobody is under suspicion any more: there can be many in flight again. */
     reads_right (&l, 0, 512);
-    all (&l, &rule, SRV_READ, SRV_HOLD);
-    for (unsigned i = 0; i < 6; ++i)
-      begin (&held[i], l.d, SRV_READ, i * 131072, 4096);
-    assert_true (nbdserver_await_held (l.s, 6));
-    nbdserver_decide (l.s, NULL, NULL);
-    nbdserver_release (l.s);
-    for (unsigned i = 0; i < 6; ++i)
-      assert_int_equal (result_of (&held[i]), 0);
+    many_in_flight (&l);
   }
   end_line (&l);
 }
@@ -168,8 +176,6 @@ short_replies (void **state)
   struct line l = connect_line ((struct nbdserver_options) { .structured = true }, 20, 20);
   static uint8_t buf[1 << 20];
   uint64_t most = 65536;
-  struct doing held[6];
-  struct rule rule;
 
   nbdserver_decide (l.s, short_if_longer, &most);
   reads_right (&l, 4096, 3 << 19);
@@ -177,14 +183,7 @@ short_replies (void **state)
   assert_int_equal (bdev_pread (l.d, buf, sizeof buf, 0, NULL), -ENOTCONN);
   nbdserver_decide (l.s, NULL, NULL);
   reads_right (&l, 0, SIZE);
-  all (&l, &rule, SRV_READ, SRV_HOLD);          /* nobody is under suspicion any more */
-  for (unsigned i = 0; i < 6; ++i)
-    begin (&held[i], l.d, SRV_READ, i * 131072, 4096);
-  assert_true (nbdserver_await_held (l.s, 6));
-  nbdserver_decide (l.s, NULL, NULL);
-  nbdserver_release (l.s);
-  for (unsigned i = 0; i < 6; ++i)
-    assert_int_equal (result_of (&held[i]), 0);
+  many_in_flight (&l);
   end_line (&l);
 }
 
