@@ -278,11 +278,16 @@ watch_guest (struct stack *s, struct bdev **view, struct err *err)
   return 0;
 }
 
+/* What was read ahead is kept in the cache once it is read, and lost if this process is killed
+ * before: then less of it.
+ */
+#define CACHED_WINDOW (UINT64_C (16) << 20)
+
 static int
-read_ahead (struct bdev **view, struct err *err)
+read_ahead (const struct stack *s, struct bdev **view, struct err *err)
 {
   struct bdev *under = *view;
-  int r = readahead_new (under, view, err);
+  int r = readahead_new (under, s->cached ? CACHED_WINDOW : READAHEAD_WINDOW, view, err);
 
   if (r == 0)
     bdev_unref (under);
@@ -304,7 +309,7 @@ open_view (struct stack *s, const struct snapshot *snapshot, bool read_only,
   if (r == 0 && !snapshot)
     r = watch_guest (s, ret, err);
   if (r == 0 && (*ret)->far)
-    r = read_ahead (ret, err);
+    r = read_ahead (s, ret, err);
   if (r == 0 && s->lost_error)
     r = lost_view_guard (ret, &s->top.lost, snapshot, err);
   if (r < 0) {
@@ -371,6 +376,7 @@ build (struct stack *s, const struct stack_options *opts, struct err *err)
 
   if (r == 0 && opts->cache)
     r = layer_keep (&s->top, opts->cache, &s->cache_created, err);
+  s->cached = opts->cache != NULL;
   s->top.keep_orphans = opts->inplace && !opts->discard_orphans;
   if (r == 0)
     r = inplace_begin (s, opts->progress, err);

@@ -45,6 +45,7 @@ struct stack {
   struct inplace inplace;
   bool overlay_created;         /* by this start */
   bool cache_created;           /* likewise */
+  bool cached;                  /* there is one */
   bool data_overlay_created;
   bool overlay_reused;          /* it was there, and the check looked through it */
   bool lost_error;              /* as told */

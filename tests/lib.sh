@@ -29,6 +29,12 @@ SOAK=${SOAK:-}
 tmp=$(mktemp -d "${TMPDIR:-/tmp}/qcow2repair-test.XXXXXX") || exit 1
 cd "$tmp" || exit 1
 
+# A folder without a disk behind it, where there is one, in $ram: for what must not wait for that.
+in_ram ()
+{
+  ram=$(mktemp -d /dev/shm/qcow2repair-test.XXXXXX 2>/dev/null) || ram=$tmp
+}
+
 tests_run=0
 tests_failed=0
 started_pids=()
@@ -50,7 +56,7 @@ cleanup ()
   if [ -n "${KEEP:-}" ]; then
     echo "# kept: $tmp"
   else
-    rm -rf "$tmp"
+    rm -rf "$tmp" ${ram:+"$ram"}
   fi
 }
 trap cleanup EXIT

@@ -22,8 +22,6 @@
 #define NEAR       (UINT64_C (8) << 20)         /* bytes around the end of a stream, at most, ... */
 #define NEAR_READS 32           /* ... and in lengths of the read */
 #define FIRST      (UINT64_C (1) << 20)         /* bytes of the first window, and of two steps */
-#define ALL        (UINT64_C (96) << 20)        /* bytes of all windows together */
-#define LARGEST    (UINT64_C (48) << 20)        /* bytes of one */
 #define STEPS      3            /* reads that make a stream of a place */
 #define RECENT     (8 * NR_STREAMS)     /* reads, of all streams */
 
@@ -40,6 +38,7 @@ struct stream {
 struct readahead {
   struct bdev d;
   struct bdev *under;
+  uint64_t window;              /* bytes of all windows together */
   pthread_mutex_t lock;
   /* protected by lock */
   struct stream streams[NR_STREAMS];
@@ -104,7 +103,7 @@ largest_window_locked (const struct readahead *a)
 
     active += s->ahead > s->end && is_recent_locked (a, s);
   }
-  return MIN (ALL / MAX (active, 1u), LARGEST);
+  return a->window / MAX (active, 2u);
 }
 
 /* Where a window from there is to end. */
@@ -251,7 +250,7 @@ static const struct bdev_ops readahead_ops = {
 };
 
 int
-readahead_new (struct bdev *under, struct bdev **ret, struct err *err)
+readahead_new (struct bdev *under, uint64_t window, struct bdev **ret, struct err *err)
 {
   struct readahead *a = calloc (1, sizeof *a);
   int r;
@@ -265,6 +264,7 @@ readahead_new (struct bdev *under, struct bdev **ret, struct err *err)
   }
   a->d.far = under->far;
   a->under = bdev_ref (under);
+  a->window = window;
   pthread_mutex_init (&a->lock, NULL);
   *ret = &a->d;
   return 0;

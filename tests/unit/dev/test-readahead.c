@@ -24,7 +24,7 @@ new_disk (uint64_t size)
 
   assert_ok (mem_new ("disk", size, true, &k.mem, &err), &err);
   assert_ok (recorder_new (k.mem, true, &k.under, &err), &err);
-  assert_ok (readahead_new (k.under, &k.d, &err), &err);
+  assert_ok (readahead_new (k.under, READAHEAD_WINDOW, &k.d, &err), &err);
   assert_true (k.d->far);
   assert_int_equal (bdev_size (k.d), size);
   return k;
