@@ -161,7 +161,8 @@ struct image {
   struct slice_vec ring;
   size_t hand;
   struct slice *dirty_slices;   /* list */
-  struct slice *retired_slices; /* list; unlinked, to be freed after a grace period */
+  struct slice *retired_slices; /* list; unlinked, to be spare after a grace period */
+  struct slice *spare_slices;   /* list, likewise by next_retired: memory for new ones */
   struct u64_vec l1_dirty;      /* indexes */
   struct u64_vec frees;         /* references removed in RAM: host_ci << 1 | punch */
   /* changed under state_lock, read anywhere as hints */

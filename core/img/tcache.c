@@ -8,7 +8,7 @@
  *
  * Eviction is second chance, when a new slice makes the cache too large: only
  * slices that equal the disk go.  A slice is unlinked, kept on the retired list
- * until a grace period has passed, then freed.  The limit is soft: dirty slices
+ * until a grace period has passed, then used again.  The limit is soft: dirty slices
  * stay, but commit_wanted bounds them to a quarter of the cache.
  *
  * Whoever changes entries does it under state_lock after making sure that the
@@ -41,7 +41,7 @@ tcache_init (struct image *img, size_t cache_bytes, struct err *err)
 }
 
 static void
-free_retired (struct slice *s)
+free_slices (struct slice *s)
 {
   struct slice *next;
 
@@ -59,7 +59,8 @@ tcache_free (struct image *img)
   for (size_t i = 0; i < img->ring.len; ++i)
     free (img->ring.ptr[i]);
   vec_reset (&img->ring);
-  free_retired (img->retired_slices);
+  free_slices (img->retired_slices);
+  free_slices (img->spare_slices);
   for (uint64_t i = 0; img->dir && i < nr_chunks; ++i) {
     slice_slot *chunk = atomic_load_explicit (&img->dir[i], memory_order_relaxed);
 
@@ -138,6 +139,41 @@ forget_torn (struct image *img, const struct slice *s)
     }
 }
 
+/* Slices come and go as fast as guests read here and there, made by one thread and retired by another,
+ * which malloc answers with ever more memory.  So they are used again.
+ */
+static struct slice *
+new_slice (struct image *img)
+{
+  {
+    LOCK_SCOPE (&img->state_lock);
+    struct slice *s = img->spare_slices;
+
+    if (s) {
+      img->spare_slices = s->next_retired;
+      return s;
+    }
+  }
+  return malloc (sizeof (struct slice) + img->slice_bytes);
+}
+
+/* Nobody can see them any more.  Where the sanitizer is to notice if somebody does, they are freed. */
+static void
+spare_slices (struct image *img, struct slice *list)
+{
+  struct slice *last = list;
+
+#ifdef __SANITIZE_ADDRESS__
+  free_slices (list);
+  return;
+#endif
+  while (last->next_retired)
+    last = last->next_retired;
+  LOCK_SCOPE (&img->state_lock);
+  last->next_retired = img->spare_slices;
+  img->spare_slices = list;
+}
+
 #define SECTOR 512
 
 /* A slice that cannot be read as a whole, sector by sector: entries in bad ones are ENTRY_UNREAD, and
@@ -170,7 +206,7 @@ read_slice (struct image *img, uint64_t sn, uint64_t l1, struct slice **ret, str
 {
   uint64_t in_table = sn & ((UINT64_C (1) << img->table_slices_bits) - 1);
   uint64_t mask = l1 & ENTRY_COPIED || img->g.data_file ? UINT64_MAX : ~ENTRY_COPIED;
-  struct slice *s = malloc (sizeof *s + img->slice_bytes);
+  struct slice *s = new_slice (img);
   uint64_t host_off;
   uint8_t *raw;
   int r;
@@ -355,7 +391,7 @@ tcache_reclaim (struct image *img)
   }
   if (list) {
     grace_wait (&img->grace);
-    free_retired (list);
+    spare_slices (img, list);
   }
   pthread_mutex_unlock (&img->reclaim_lock);
 }
