@@ -136,12 +136,12 @@ fault_flush (struct bdev *d, struct err *err)
 }
 
 static int
-fault_resize (struct bdev *d, uint64_t size, struct err *err)
+fault_resize (struct bdev *d, uint64_t size, uint64_t ahead, struct err *err)
 {
   int r = fault_tick (d, "resize", err);
 
   if (r == 0)
-    r = bdev_resize (under_of (d), size, err);
+    r = bdev_grow (under_of (d), size, ahead, err);
   if (r == 0)
     atomic_store (&d->size, size);
   return r;
@@ -522,17 +522,18 @@ crash_trim (struct bdev *d, uint64_t off, uint64_t len, unsigned flags, struct e
                      flags & BDEV_FUA);
 }
 
+/* The longest that a crash may leave of what was to grow. */
 static int
-crash_resize (struct bdev *d, uint64_t size, struct err *err)
+crash_resize (struct bdev *d, uint64_t size, uint64_t ahead, struct err *err)
 {
   struct crash *c = (struct crash *) d;
-  struct change ch = { .kind = CHANGE_RESIZE, .off = size };
+  struct change ch = { .kind = CHANGE_RESIZE, .off = size + ahead };
   uint64_t id;
   int r = change_begin (c, ch, NULL, &id, err);
 
   if (r < 0)
     return r;
-  r = change_end (c, id, bdev_resize (under_of (d), size, err), false);
+  r = change_end (c, id, bdev_grow (under_of (d), size, ahead, err), false);
   if (r == 0)
     atomic_store (&d->size, size);
   return r;

@@ -85,9 +85,9 @@ recorder_flush (struct bdev *d, struct err *err)
 }
 
 static int
-recorder_resize (struct bdev *d, uint64_t size, struct err *err)
+recorder_resize (struct bdev *d, uint64_t size, uint64_t ahead, struct err *err)
 {
-  int r = bdev_resize (record (d, REC_RESIZE, size, 0, 0), size, err);
+  int r = bdev_grow (record (d, REC_RESIZE, size, 0, 0), size, ahead, err);
 
   atomic_store (&d->size, bdev_size (((struct recorder *) d)->under));
   return r;

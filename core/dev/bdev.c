@@ -268,6 +268,12 @@ bdev_flush (struct bdev *d, struct err *err)
 int
 bdev_resize (struct bdev *d, uint64_t size, struct err *err)
 {
+  return bdev_grow (d, size, 0, err);
+}
+
+int
+bdev_grow (struct bdev *d, uint64_t size, uint64_t ahead, struct err *err)
+{
   uint64_t now = bdev_size (d);
 
   if (!d->writable)
@@ -279,7 +285,7 @@ bdev_resize (struct bdev *d, uint64_t size, struct err *err)
                     d->name, (unsigned long long) now, (unsigned long long) size);
   if (d->ops->resize == NULL)
     return err_set (err, ENOTSUP, "%s: cannot be resized", d->name);
-  return finish (d, d->ops->resize (d, size, err), "resize", err);
+  return finish (d, d->ops->resize (d, size, size > now ? ahead : 0, err), "resize", err);
 }
 
 int

@@ -60,7 +60,8 @@ struct bdev_identity {
  * inside the device, len > 0, the device is writable where that matters.
  * NULL = not supported: see the functions below for what then happens.
  * Everything may be called from several threads at once, except close.
- * resize stores the new d->size itself, under whatever lock orders its callers.
+ * resize stores the new d->size itself, under whatever lock orders its callers; ahead
+ * is a permission (bdev_grow), 0 when the device is made smaller.
  * zero may answer -ENOTSUP: then bdev.c writes, or passes it on with BDEV_FAST.
  * Ranges of read_many may reach past the end (see bdev_pread_padded) or be empty.
  */
@@ -75,7 +76,7 @@ struct bdev_ops {
   int (*zero) (struct bdev *, uint64_t off, uint64_t len, unsigned flags, struct err *);
   int (*trim) (struct bdev *, uint64_t off, uint64_t len, unsigned flags, struct err *);
   int (*flush) (struct bdev *, struct err *);
-  int (*resize) (struct bdev *, uint64_t size, struct err *);
+  int (*resize) (struct bdev *, uint64_t size, uint64_t ahead, struct err *);
   int (*extents) (struct bdev *, uint64_t off, uint64_t len, bdev_extent_fn,
                   void *opaque, struct err *);
   int (*cache) (struct bdev *, uint64_t off, uint64_t len, struct err *);
@@ -153,6 +154,13 @@ int bdev_flush (struct bdev *d, struct err *err);
 
 /* Change the size; a grown part reads as zeros.  -ENOSPC if !can_grow and larger. */
 int bdev_resize (struct bdev *d, uint64_t size, struct err *err);
+
+/* The same for somebody who will soon want more: what the device lies on may be made as
+ * much as ahead bytes longer than size, so that the next calls find it long enough.
+ * Nothing of that shows in bdev_size, it still reads as zeros when size gets there, and
+ * closing the device takes it back.  Only a crash leaves it, as a hole at the end.
+ */
+int bdev_grow (struct bdev *d, uint64_t size, uint64_t ahead, struct err *err);
 
 /* Tell the extents of a range in order.  Without ops->extents: one data extent. */
 int bdev_extents (struct bdev *d, uint64_t off, uint64_t len, bdev_extent_fn fn,

@@ -10,6 +10,10 @@
  * a second fdatasync that succeeds says nothing about them.  Flushes go one
  * after the other, since of two at once only one would be told.
  *
+ * A file that grows for bdev_grow is made longer than its device: from d.size to
+ * length there is nothing but a hole, since nobody writes past d.size.  Closing the
+ * device cuts it off.
+ *
  * What a file system or disk cannot do (punch holes, write zeros by itself,
  * discard) is found out by trying and remembered for each device.
  *
@@ -50,6 +54,7 @@ struct file {
   /* What was found to be unsupported. */
   atomic_bool no_punch, no_zero_range, no_discard, no_seek;
   pthread_mutex_t resize_lock;
+  uint64_t length;              /* of the file; at least d.size; under resize_lock */
   /* Each flush that begins raises nr_flushes; flush_error under flush_lock. */
   pthread_mutex_t flush_lock;
   _Atomic uint64_t nr_flushes;
@@ -241,11 +246,25 @@ file_trim (struct bdev *d, uint64_t off, uint64_t len, unsigned flags, struct er
   return io_error (f, -r, "trimming", len, off, err);
 }
 
+/* 0 or -errno. */
 static int
-file_resize (struct bdev *d, uint64_t size, struct err *err)
+set_length_locked (struct file *f, uint64_t length)
+{
+  if (length > INT64_MAX)
+    return -EFBIG;
+  while (ftruncate (f->fd, length) < 0)
+    if (errno != EINTR)
+      return -errno;
+  f->length = length;
+  return 0;
+}
+
+static int
+file_resize (struct bdev *d, uint64_t size, uint64_t ahead, struct err *err)
 {
   struct file *f = (struct file *) d;
   uint64_t old;
+  int r = -1;
 
   if (f->is_block)
     return err_set (err, ENOTSUP, "%s: a block device cannot be resized", d->name);
@@ -256,16 +275,33 @@ file_resize (struct bdev *d, uint64_t size, struct err *err)
   old = bdev_size (d);
   if (size < old)               /* no new request may reach for what is going away */
     atomic_store (&d->size, size);
-  while (ftruncate (f->fd, size) < 0)
-    if (errno != EINTR) {
-      int errnum = errno;
-
-      atomic_store (&d->size, old);
-      return err_set (err, errnum, "%s: cannot resize from %llu to %llu bytes: %s", d->name,
-                      (unsigned long long) old, (unsigned long long) size, strerror (errnum));
-    }
+  if (ahead > 0)
+    r = size <= f->length ? 0 : set_length_locked (f, size + MIN (ahead, INT64_MAX - size));
+  if (r < 0)                    /* without ahead, or there is no room for it */
+    r = set_length_locked (f, size);
+  if (r < 0) {
+    atomic_store (&d->size, old);
+    return err_set (err, -r, "%s: cannot resize from %llu to %llu bytes: %s", d->name,
+                    (unsigned long long) old, (unsigned long long) size, strerror (-r));
+  }
   atomic_store (&d->size, size);
   return 0;
+}
+
+/* Nobody else uses the device any more.  A file that is not as long as we made it is in
+ * somebody else's hands: not ours to cut.
+ */
+static void
+cut_off_what_is_ahead (struct file *f)
+{
+  uint64_t size = bdev_size (&f->d);
+  struct stat st;
+
+  if (f->length == size)
+    return;
+  if (fstat (f->fd, &st) < 0 || (uint64_t) st.st_size != f->length ||
+      set_length_locked (f, size) < 0)
+    log_debug ("%s: stays longer than its %llu bytes", f->d.name, (unsigned long long) size);
 }
 
 /* The end of the run of data or hole that begins at off, at most end. */
@@ -378,6 +414,7 @@ file_close (struct bdev *d)
 {
   struct file *f = (struct file *) d;
 
+  cut_off_what_is_ahead (f);
   if (f->fd != f->lock_fd)
     close (f->fd);
   close (f->lock_fd);
@@ -464,6 +501,7 @@ device_new (int fd, const char *path, unsigned flags, struct bdev **ret, struct 
   }
   fcntl (fd, F_SETFL, fcntl (fd, F_GETFL) & ~O_NONBLOCK);
   f->fd = f->lock_fd = fd;
+  f->length = size;
   f->locked = !(flags & FILE_NO_LOCK);
   pthread_mutex_init (&f->flush_lock, NULL);
   pthread_mutex_init (&f->resize_lock, NULL);

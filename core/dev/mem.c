@@ -240,7 +240,7 @@ mem_trim (struct bdev *d, uint64_t off, uint64_t len, unsigned flags, struct err
 }
 
 static int
-mem_resize (struct bdev *d, uint64_t size, struct err *err)
+mem_resize (struct bdev *d, uint64_t size, uint64_t ahead, struct err *err)
 {
   struct mem *m = (struct mem *) d;
   uint64_t old;

@@ -240,10 +240,10 @@ watch_flush (struct bdev *d, struct err *err)
 }
 
 static int
-watch_resize (struct bdev *d, uint64_t size, struct err *err)
+watch_resize (struct bdev *d, uint64_t size, uint64_t ahead, struct err *err)
 {
   struct watch *w = (struct watch *) d;
-  int r = bdev_resize (w->under, size, err);
+  int r = bdev_grow (w->under, size, ahead, err);
 
   atomic_store (&d->size, bdev_size (w->under));
   return r;

@@ -13,13 +13,19 @@
  * being asked, are never handed out.
  *
  * Clusters that lay past the end of the file, before it was made longer for
- * them, read as zeros: the caller is told, and saves himself writing zeros.
+ * them, read as zeros: the caller is told, and saves himself writing zeros.  The
+ * file may grow ahead of its size (bdev_grow): one call for each cluster is what
+ * first writes would spend most of their time on.
  */
 #include <errno.h>
 
 #include "dev/ahead.h"
 #include "fmt/refbits.h"
 #include "img/image-int.h"
+
+/* How much longer the file may be made than is needed: this part of it, at most so much. */
+#define AHEAD_PART 8
+#define MAX_AHEAD  (UINT64_C (16) << 20)
 
 uint64_t
 alloc_limit (const struct image *img)
@@ -35,7 +41,7 @@ alloc_extend_locked (struct image *img, uint64_t size, struct err *err)
 {
   if (size <= bdev_size (img->file))
     return 0;
-  return bdev_resize (img->file, size, err);
+  return bdev_grow (img->file, size, MIN (size / AHEAD_PART, MAX_AHEAD), err);
 }
 
 static bool

@@ -65,7 +65,7 @@ view_cache (struct bdev *d, uint64_t off, uint64_t len, struct err *err)
 }
 
 static int
-view_resize (struct bdev *d, uint64_t size, struct err *err)
+view_resize (struct bdev *d, uint64_t size, uint64_t ahead, struct err *err)
 {
   struct image *img = view_image (d);
   uint64_t now, from, to, max = img->l1_len * img->g.l2_coverage;

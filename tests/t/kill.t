@@ -66,4 +66,19 @@ before=$(sha256 d.qcow2)
 kill_rounds "overlay" healed d.qcow2 overlay=o.qcow2
 is "overlay: the source is as it was" "$(sha256 d.qcow2)" "$before"
 
+# The file may be longer than its clusters meanwhile: by an eighth at most, and not when it is closed.
+end_of () { qemu-img check --output=json a.qcow2 | sed -n 's/.*"image-end-offset": \([0-9]*\).*/\1/p'; }
+for signal in KILL TERM; do
+  make_image a.qcow2 64M
+  ok "length, SIG$signal: starts" server_start s a.qcow2
+  ok "length, SIG$signal: writes" qemu-io -t writeback -f raw -c 'write -P 5 0 20000k' -c 'write -P 6 40M 10M' \
+    -c flush "$server_uri"
+  server_stop $signal
+  ok "length, SIG$signal: QEMU finds no errors" in_place
+  end=$(end_of) length=$(stat -c %s a.qcow2)
+  ok "length, SIG$signal: $length bytes, $end used" [ "$length" -le $((end + end / 8 + 65536)) ]
+  ok "length, SIG$signal: the bytes are there" io a.qcow2 'read -P 5 0 20000k' 'read -P 6 40M 10M'
+done
+is "length: a file that was closed ends with its last cluster" "$length" "$end"
+
 done_testing

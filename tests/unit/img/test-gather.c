@@ -52,9 +52,9 @@ sick_pwrite (struct bdev *d, const void *buf, size_t len, uint64_t off, unsigned
 }
 
 static int
-sick_resize (struct bdev *d, uint64_t size, struct err *err)
+sick_resize (struct bdev *d, uint64_t size, uint64_t ahead, struct err *err)
 {
-  int r = bdev_resize (((struct sick *) d)->under, size, err);
+  int r = bdev_grow (((struct sick *) d)->under, size, ahead, err);
 
   if (r == 0)
     atomic_store (&d->size, size);

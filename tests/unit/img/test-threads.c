@@ -68,9 +68,9 @@ slow_trim (struct bdev *d, uint64_t off, uint64_t len, unsigned flags, struct er
 }
 
 static int
-slow_resize (struct bdev *d, uint64_t size, struct err *err)
+slow_resize (struct bdev *d, uint64_t size, uint64_t ahead, struct err *err)
 {
-  int r = bdev_resize (((struct slow *) d)->under, size, err);
+  int r = bdev_grow (((struct slow *) d)->under, size, ahead, err);
 
   if (r == 0)
     atomic_store (&d->size, size);
