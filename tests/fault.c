@@ -12,7 +12,8 @@
  * - Changes may be lost or half there in any combination, one sector of 512
  *   bytes being the unit that is there or is not.  Sizes are a file system's
  *   business, which keeps its own order: of several resizes the first few have
- *   happened, and nothing moves across one.
+ *   happened, and nothing moves across one.  Of what the device was allowed to
+ *   grow ahead nothing, all, or anything between is there.
  */
 #include <errno.h>
 #include <pthread.h>
@@ -221,6 +222,7 @@ struct crash {
   pthread_mutex_t lock;
   struct bdev *base;            /* what is durable */
   struct change_vec changes;    /* in the order in which they began */
+  _Atomic uint64_t ahead;       /* how much longer than its size it may be */
   uint64_t clock;               /* ticks whenever a change begins or ends, or a flush begins */
 };
 
@@ -369,6 +371,16 @@ apply_some (struct bdev *to, const struct change **list, size_t nr, uint64_t *rn
   return r;
 }
 
+static uint64_t
+some_of (uint64_t n, uint64_t *rng)
+{
+  switch (next_random (rng) % 3) {
+  case 0: return 0;
+  case 1: return n;
+  default: return n ? next_random (rng) % n : 0;
+  }
+}
+
 static int
 apply_chosen_locked (struct crash *c, struct bdev *to, unsigned seed, struct err *err)
 {
@@ -386,6 +398,8 @@ apply_chosen_locked (struct crash *c, struct bdev *to, unsigned seed, struct err
   }
   if (seed > 1)
     r = apply_some (to, list, c->changes.len, &rng, err);
+  if (seed > 1 && r == 0)
+    r = resize_anyway (to, bdev_size (to) + some_of (c->ahead, &rng), err);
   return r;
 }
 
@@ -522,20 +536,21 @@ crash_trim (struct bdev *d, uint64_t off, uint64_t len, unsigned flags, struct e
                      flags & BDEV_FUA);
 }
 
-/* The longest that a crash may leave of what was to grow. */
 static int
 crash_resize (struct bdev *d, uint64_t size, uint64_t ahead, struct err *err)
 {
   struct crash *c = (struct crash *) d;
-  struct change ch = { .kind = CHANGE_RESIZE, .off = size + ahead };
+  struct change ch = { .kind = CHANGE_RESIZE, .off = size };
   uint64_t id;
   int r = change_begin (c, ch, NULL, &id, err);
 
   if (r < 0)
     return r;
   r = change_end (c, id, bdev_grow (under_of (d), size, ahead, err), false);
-  if (r == 0)
+  if (r == 0) {
     atomic_store (&d->size, size);
+    atomic_store (&c->ahead, ahead);
+  }
   return r;
 }
 

@@ -265,14 +265,8 @@ bdev_flush (struct bdev *d, struct err *err)
   return finish (d, d->ops->flush (d, err), "flush", err);
 }
 
-int
-bdev_resize (struct bdev *d, uint64_t size, struct err *err)
-{
-  return bdev_grow (d, size, 0, err);
-}
-
-int
-bdev_grow (struct bdev *d, uint64_t size, uint64_t ahead, struct err *err)
+static int
+resize (struct bdev *d, uint64_t size, uint64_t ahead, struct err *err)
 {
   uint64_t now = bdev_size (d);
 
@@ -285,7 +279,19 @@ bdev_grow (struct bdev *d, uint64_t size, uint64_t ahead, struct err *err)
                     d->name, (unsigned long long) now, (unsigned long long) size);
   if (d->ops->resize == NULL)
     return err_set (err, ENOTSUP, "%s: cannot be resized", d->name);
-  return finish (d, d->ops->resize (d, size, size > now ? ahead : 0, err), "resize", err);
+  return finish (d, d->ops->resize (d, size, ahead, err), "resize", err);
+}
+
+int
+bdev_resize (struct bdev *d, uint64_t size, struct err *err)
+{
+  return resize (d, size, 0, err);
+}
+
+int
+bdev_grow (struct bdev *d, uint64_t size, uint64_t ahead, struct err *err)
+{
+  return resize (d, MAX (size, bdev_size (d)), ahead, err);
 }
 
 int

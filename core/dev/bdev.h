@@ -60,8 +60,8 @@ struct bdev_identity {
  * inside the device, len > 0, the device is writable where that matters.
  * NULL = not supported: see the functions below for what then happens.
  * Everything may be called from several threads at once, except close.
- * resize stores the new d->size itself, under whatever lock orders its callers; ahead
- * is a permission (bdev_grow), 0 when the device is made smaller.
+ * resize stores the new d->size itself, under whatever lock orders its callers.  With
+ * ahead (see bdev_grow, a permission) it never makes the device smaller.
  * zero may answer -ENOTSUP: then bdev.c writes, or passes it on with BDEV_FAST.
  * Ranges of read_many may reach past the end (see bdev_pread_padded) or be empty.
  */
@@ -155,10 +155,11 @@ int bdev_flush (struct bdev *d, struct err *err);
 /* Change the size; a grown part reads as zeros.  -ENOSPC if !can_grow and larger. */
 int bdev_resize (struct bdev *d, uint64_t size, struct err *err);
 
-/* The same for somebody who will soon want more: what the device lies on may be made as
- * much as ahead bytes longer than size, so that the next calls find it long enough.
- * Nothing of that shows in bdev_size, it still reads as zeros when size gets there, and
- * closing the device takes it back.  Only a crash leaves it, as a hole at the end.
+/* Make it no smaller than size, for somebody who will soon want more: what the device
+ * lies on may be made as much as ahead bytes longer, so that the next calls find it long
+ * enough.  Nothing of that shows in bdev_size, and it still reads as zeros when size gets
+ * there.  Closing the device takes it back if it can; a crash leaves it, as a hole at the
+ * end.  Errors as above.
  */
 int bdev_grow (struct bdev *d, uint64_t size, uint64_t ahead, struct err *err);
 

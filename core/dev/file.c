@@ -12,7 +12,8 @@
  *
  * A file that grows for bdev_grow is made longer than its device: from d.size to
  * length there is nothing but a hole, since nobody writes past d.size.  Closing the
- * device cuts it off.
+ * device cuts it off.  To whoever looks on without a lock (FILE_NO_LOCK) the file then
+ * becomes shorter: bytes that are gone read as zeros, which they were.
  *
  * What a file system or disk cannot do (punch holes, write zeros by itself,
  * discard) is found out by trying and remembered for each device.
@@ -33,6 +34,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -54,7 +56,9 @@ struct file {
   /* What was found to be unsupported. */
   atomic_bool no_punch, no_zero_range, no_discard, no_seek;
   pthread_mutex_t resize_lock;
-  uint64_t length;              /* of the file; at least d.size; under resize_lock */
+  /* protected by resize_lock */
+  uint64_t length;              /* of the file; at least d.size */
+  bool no_ahead;                /* there was no room for it */
   /* Each flush that begins raises nr_flushes; flush_error under flush_lock. */
   pthread_mutex_t flush_lock;
   _Atomic uint64_t nr_flushes;
@@ -82,6 +86,10 @@ file_pread (struct bdev *d, void *buf, size_t len, uint64_t off, struct err *err
       continue;
     if (n < 0)
       return io_error (f, errno, "read", len, off, err);
+    if (n == 0 && !f->locked) {
+      memset (p, 0, len);
+      return 0;
+    }
     if (n == 0)
       return err_set (err, EIO, "%s: the file ends at byte %llu, it was %llu bytes long "
                       "when it was opened", d->name, (unsigned long long) off,
@@ -259,12 +267,30 @@ set_length_locked (struct file *f, uint64_t length)
   return 0;
 }
 
+/* Make the file long enough for size, and longer if that can be had. */
+static int
+grow_ahead_locked (struct file *f, uint64_t size, uint64_t ahead)
+{
+  struct rlimit limit;
+
+  if (size <= f->length)
+    return 0;
+  ahead = MIN (ahead, INT64_MAX - size);
+  /* Going beyond that one is not an error but the end of the process. */
+  if (getrlimit (RLIMIT_FSIZE, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY)
+    ahead = limit.rlim_cur > size ? MIN (ahead, limit.rlim_cur - size) : 0;
+  if (!f->no_ahead && set_length_locked (f, size + ahead) == 0)
+    return 0;
+  f->no_ahead = true;
+  return set_length_locked (f, size);
+}
+
 static int
 file_resize (struct bdev *d, uint64_t size, uint64_t ahead, struct err *err)
 {
   struct file *f = (struct file *) d;
   uint64_t old;
-  int r = -1;
+  int r;
 
   if (f->is_block)
     return err_set (err, ENOTSUP, "%s: a block device cannot be resized", d->name);
@@ -273,12 +299,11 @@ file_resize (struct bdev *d, uint64_t size, uint64_t ahead, struct err *err)
                     (unsigned long long) size);
   LOCK_SCOPE (&f->resize_lock);
   old = bdev_size (d);
+  if (ahead > 0 && size <= old)         /* somebody else was quicker */
+    return 0;
   if (size < old)               /* no new request may reach for what is going away */
     atomic_store (&d->size, size);
-  if (ahead > 0)
-    r = size <= f->length ? 0 : set_length_locked (f, size + MIN (ahead, INT64_MAX - size));
-  if (r < 0)                    /* without ahead, or there is no room for it */
-    r = set_length_locked (f, size);
+  r = ahead > 0 ? grow_ahead_locked (f, size, ahead) : set_length_locked (f, size);
   if (r < 0) {
     atomic_store (&d->size, old);
     return err_set (err, -r, "%s: cannot resize from %llu to %llu bytes: %s", d->name,
@@ -288,15 +313,14 @@ file_resize (struct bdev *d, uint64_t size, uint64_t ahead, struct err *err)
   return 0;
 }
 
-/* Nobody else uses the device any more.  A file that is not as long as we made it is in
- * somebody else's hands: not ours to cut.
- */
+/* A file that is not as long as we made it is in somebody else's hands: not ours to cut. */
 static void
 cut_off_what_is_ahead (struct file *f)
 {
   uint64_t size = bdev_size (&f->d);
   struct stat st;
 
+  LOCK_SCOPE (&f->resize_lock);
   if (f->length == size)
     return;
   if (fstat (f->fd, &st) < 0 || (uint64_t) st.st_size != f->length ||

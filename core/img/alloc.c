@@ -39,9 +39,9 @@ alloc_limit (const struct image *img)
 int
 alloc_extend_locked (struct image *img, uint64_t size, struct err *err)
 {
-  if (size <= bdev_size (img->file))
-    return 0;
-  return bdev_grow (img->file, size, MIN (size / AHEAD_PART, MAX_AHEAD), err);
+  uint64_t ahead = ROUND_DOWN (MIN (size / AHEAD_PART, MAX_AHEAD), img->g.cluster_size);
+
+  return bdev_grow (img->file, size, ahead, err);
 }
 
 static bool

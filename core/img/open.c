@@ -88,9 +88,9 @@ image_begin_change (struct image *img, struct err *err)
   if (r < 0)
     return r;
   if (img->file->can_grow) {
-    /* So that the last cluster can be written in place. */
+    /* So that the last cluster can be written in place; not ahead, or each start would add to it. */
     LOCK_SCOPE (&img->alloc_lock);
-    r = alloc_extend_locked (img, file_end (img), err);
+    r = bdev_grow (img->file, file_end (img), 0, err);
     if (r < 0)
       return r;
   }
