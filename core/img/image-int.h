@@ -13,6 +13,8 @@
  *   (the turn to commit)   commit_running; waited for with no other lock, no
  *                          range lock, and outside of any grace section
  *   change_lock            the first change
+ *   reclaim_lock           waiting until evicted slices can be used again; outside
+ *                          of grace sections and range locks
  *   range locks            guest clusters being given new host clusters; waited
  *                          for outside of grace sections
  *   (a grace section)      waits for none of the above, so that grace_wait ends
@@ -163,12 +165,13 @@ struct image {
   struct slice *dirty_slices;   /* list */
   struct slice *retired_slices; /* list; unlinked, to be spare after a grace period */
   struct slice *spare_slices;   /* list, likewise by next_retired: memory for new ones */
+  size_t nr_spare;
   struct u64_vec l1_dirty;      /* indexes */
   struct u64_vec frees;         /* references removed in RAM: host_ci << 1 | punch */
   /* changed under state_lock, read anywhere as hints */
   atomic_size_t nr_dirty_slices, nr_retired;
   atomic_size_t nr_frees;       /* collected and not dropped yet, staged ones too */
-  pthread_mutex_t reclaim_lock; /* only tried; at most one thread waits to free slices */
+  pthread_mutex_t reclaim_lock;
 
   pthread_mutex_t alloc_lock;
   struct refcounts rc;          /* protected by alloc_lock */

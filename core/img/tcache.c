@@ -9,7 +9,9 @@
  * Eviction is second chance, when a new slice makes the cache too large: only
  * slices that equal the disk go.  A slice is unlinked, kept on the retired list
  * until a grace period has passed, then used again.  The limit is soft: dirty slices
- * stay, but commit_wanted bounds them to a quarter of the cache.
+ * stay, but commit_wanted bounds them to a quarter of the cache; and a request that
+ * takes its time keeps alive all that was evicted meanwhile, which may come to twice
+ * the cache before those that evict wait for it.
  *
  * Whoever changes entries does it under state_lock after making sure that the
  * slice is still linked (map_update).
@@ -90,6 +92,9 @@ get_slot (struct image *img, uint64_t sn)
 
 #define TORN_MS 3000            /* after which a slice that could not be read as a whole is tried again */
 
+/* Has this thread, since it last waited?  Only those that have reclaim, which may take long. */
+static _Thread_local bool evicted;
+
 /* Take the slice at place i of the ring out of the directory. */
 static void
 retire_locked (struct image *img, size_t i)
@@ -100,6 +105,7 @@ retire_locked (struct image *img, size_t i)
   img->ring.ptr[i] = img->ring.ptr[--img->ring.len];
   s->next_retired = img->retired_slices;
   img->retired_slices = s;
+  evicted = true;
   atomic_fetch_add_explicit (&img->nr_retired, 1, memory_order_relaxed);
 }
 
@@ -151,6 +157,7 @@ new_slice (struct image *img)
 
     if (s) {
       img->spare_slices = s->next_retired;
+      img->nr_spare--;
       return s;
     }
   }
@@ -161,17 +168,19 @@ new_slice (struct image *img)
 static void
 spare_slices (struct image *img, struct slice *list)
 {
-  struct slice *last = list;
+#ifndef __SANITIZE_ADDRESS__
+  pthread_mutex_lock (&img->state_lock);
+  while (list && img->nr_spare < 4 * img->max_retired) {
+    struct slice *s = list;
 
-#ifdef __SANITIZE_ADDRESS__
-  free_slices (list);
-  return;
+    list = s->next_retired;
+    s->next_retired = img->spare_slices;
+    img->spare_slices = s;
+    img->nr_spare++;
+  }
+  pthread_mutex_unlock (&img->state_lock);
 #endif
-  while (last->next_retired)
-    last = last->next_retired;
-  LOCK_SCOPE (&img->state_lock);
-  last->next_retired = img->spare_slices;
-  img->spare_slices = list;
+  free_slices (list);
 }
 
 #define SECTOR 512
@@ -376,13 +385,32 @@ slice_mark_dirty_locked (struct image *img, struct slice *s)
   atomic_fetch_add_explicit (&img->nr_dirty_slices, 1, memory_order_relaxed);
 }
 
+/* Another thread is at it, and this one has evicted more meanwhile.  Where that is much it waits
+ * for its turn: a little, since the other mostly waits for nothing but a CPU for those in
+ * sections; but as long as it takes if a section lasts so long that memory would fill up.
+ */
+static bool
+wait_for_turn (struct image *img)
+{
+  size_t n = atomic_load_explicit (&img->nr_retired, memory_order_relaxed);
+  struct timespec moment = { .tv_nsec = 500000 };
+
+  if (n <= 2 * img->max_retired)
+    return false;
+  if (n > img->max_slices)
+    return pthread_mutex_lock (&img->reclaim_lock) == 0;
+  nanosleep (&moment, NULL);
+  return pthread_mutex_trylock (&img->reclaim_lock) == 0;
+}
+
 void
 tcache_reclaim (struct image *img)
 {
   struct slice *list;
 
-  if (pthread_mutex_trylock (&img->reclaim_lock) != 0)
+  if (!evicted || (pthread_mutex_trylock (&img->reclaim_lock) != 0 && !wait_for_turn (img)))
     return;
+  evicted = false;
   {
     LOCK_SCOPE (&img->state_lock);
     list = img->retired_slices;
