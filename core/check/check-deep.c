@@ -89,7 +89,8 @@ join_streams (struct deep *d)
 {
   const struct stream_vec *v = &d->streams;
 
-  qsort (v->ptr, v->len, sizeof *v->ptr, compare_streams);
+  if (v->len)
+    qsort (v->ptr, v->len, sizeof *v->ptr, compare_streams);
   for (size_t i = 0, n; i < v->len; i += n) {
     uint64_t off = v->ptr[i].host_off, end = off + v->ptr[i].host_len;
 

@@ -392,7 +392,8 @@ judge_clusters (struct scan *s, struct u64_vec *offs, uint64_t *room, struct err
     s->k->c->orphans.sampled |= offs->len > 0;
     return 0;
   }
-  qsort (offs->ptr, offs->len, sizeof *offs->ptr, compare_off);
+  if (offs->len)
+    qsort (offs->ptr, offs->len, sizeof *offs->ptr, compare_off);
   for (size_t i = 0; nr < offs->len && i < nr; ++i)
     offs->ptr[i] = offs->ptr[(uint64_t) i * offs->len / nr];
   s->k->c->orphans.sampled |= nr < offs->len;

@@ -12,7 +12,7 @@ int
 snapshot_decode (const uint8_t *table, uint64_t len, uint64_t off,
                  struct snapshot *s, uint64_t *need, struct err *err)
 {
-  const uint8_t *p = table + off;
+  const uint8_t *p;
   uint32_t id_len, name_len, extra_len;
   uint64_t avail = off <= len ? len - off : 0;
 
@@ -20,6 +20,7 @@ snapshot_decode (const uint8_t *table, uint64_t len, uint64_t off,
   *need = SNAPSHOT_FIXED_LENGTH;
   if (avail < *need)
     return -EAGAIN;
+  p = table + off;              /* table may be NULL before */
   id_len = load_be16 (p + 12);
   name_len = load_be16 (p + 14);
   extra_len = load_be32 (p + 36);

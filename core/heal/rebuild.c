@@ -136,7 +136,8 @@ add_table_ranges (struct planner *p)
     if (!(used && bsearch (&range, p->needed.ptr, used, sizeof range, compare_u64))
         && u64_vec_push (&p->needed, range) < 0)
       return -ENOMEM;
-  qsort (p->needed.ptr, p->needed.len, sizeof p->needed.ptr[0], compare_u64);
+  if (p->needed.len)
+    qsort (p->needed.ptr, p->needed.len, sizeof p->needed.ptr[0], compare_u64);
   return 0;
 }
 
@@ -246,8 +247,10 @@ make_blocks (struct planner *p, struct rebuild_plan *plan)
   for (size_t i = 0; i < p->opened.len; ++i)
     if (u64_vec_push (&p->needed, p->opened.ptr[i]) < 0)
       return -ENOMEM;
-  qsort (p->needed.ptr, p->needed.len, sizeof p->needed.ptr[0], compare_u64);
-  qsort (p->places.ptr, p->places.len, sizeof p->places.ptr[0], compare_u64);
+  if (p->needed.len)
+    qsort (p->needed.ptr, p->needed.len, sizeof p->needed.ptr[0], compare_u64);
+  if (p->places.len)
+    qsort (p->places.ptr, p->places.len, sizeof p->places.ptr[0], compare_u64);
   for (size_t i = 0; i < p->places.len; ++i) {
     struct rb_place place = { p->needed.ptr[i], p->places.ptr[i] };
 
