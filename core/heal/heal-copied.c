@@ -77,6 +77,8 @@ fix_slice (struct heal *h, uint8_t *buf, uint64_t len, uint64_t host_off, bool l
   if (fixed == 0)
     return 0;
   h->res->copied_fixed += fixed;
+  /* The file may end inside the table; behind that there are no entries, and no flags. */
+  len = MIN (len, bdev_size (h->d) - host_off);
   return bdev_pwrite (h->d, buf, len, host_off, 0, err);
 }
 

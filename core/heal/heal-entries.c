@@ -202,6 +202,19 @@ places_clusters (const struct fix *f)
          && (f->run->in_l1 || f->h->g.version < 3);
 }
 
+/* LIMIT: entries of an L2 table that a device which cannot grow cuts off stay cut off; they read as
+ * unallocated, the damage remains, and the disk is read-only.
+ */
+static uint64_t
+entries_that_fit (const struct heal *h, uint64_t host_off, uint64_t n, uint64_t step)
+{
+  uint64_t size = bdev_size (h->d);
+
+  if (h->d->can_grow)
+    return n;
+  return host_off < size ? MIN (n, (size - host_off) / step) : 0;
+}
+
 static int
 fix_run (struct fix *f, struct err *err)
 {
@@ -213,7 +226,9 @@ fix_run (struct fix *f, struct err *err)
   for (uint64_t i = 0; r == 0 && i < run->count; i += n) {
     uint64_t host_off = run->table_host_off + (run->index + i) * step;
 
-    n = MIN (run->count - i, SLICE / step);
+    n = entries_that_fit (f->h, host_off, MIN (run->count - i, SLICE / step), step);
+    if (n == 0)
+      break;
     r = bdev_pread_padded (f->h->d, buf, n * step, host_off, err);
     if (r == 0)
       r = fix_entries (f, buf, run->index + i, n, err);

@@ -77,7 +77,11 @@ heal_write (struct heal *h, const void *buf, uint64_t len, uint64_t host_off, st
 {
   int r = 0;
 
-  if (host_off + len > bdev_size (h->d) && h->d->can_grow)
-    r = bdev_resize (h->d, ROUND_UP (host_off + len, h->g.cluster_size), err);
+  if (host_off + len > bdev_size (h->d))
+    r = h->d->can_grow
+        ? bdev_resize (h->d, ROUND_UP (host_off + len, h->g.cluster_size), err)
+        : err_set (err, ENOSPC, "%s: the device ends inside a structure that is to be mended, at host "
+                   "offset 0x%llx, and it cannot grow", h->d->name,
+                   (unsigned long long) bdev_size (h->d));
   return r < 0 ? r : bdev_pwrite (h->d, buf, len, host_off, 0, err);
 }

@@ -486,7 +486,7 @@ set_values_in_block (struct heal *h, uint64_t index, enum heal_direction directi
 
     *changed += n;
     if (n)
-      r = bdev_pwrite (h->d, h->buf + at, PIECE, host_off + at, 0, err);
+      r = heal_write (h, h->buf + at, PIECE, host_off + at, err);
   }
   return r;
 }
