@@ -17,6 +17,8 @@ struct heal {
   uint8_t *buf;                 /* one cluster of scratch */
   /* Clusters of d that are whole and inside it. */
   uint64_t file_clusters;
+  /* Clusters of which anything is inside it: what they hold is kept, but nothing placed there. */
+  uint64_t held_clusters;
   uint64_t place_from;          /* heal_place: no single free cluster lies before it */
 };
 

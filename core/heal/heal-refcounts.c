@@ -104,7 +104,7 @@ keep_block (struct heal *h, uint64_t index, struct err *err)
     uint64_t stored = refbits_get (h->buf, h->c->geom.refcount_order, i);
     uint64_t refs = ownermap_get (h->c->owners, first + i);
 
-    if (stored > refs && first + i < h->file_clusters) {
+    if (stored > refs && first + i < h->held_clusters) {
       r = ownermap_claim (h->c->owners, first + i, 1, stored - refs, NULL, err);
       h->res->leaks_kept++;
     }
@@ -121,7 +121,7 @@ keep_lost_orphans (struct heal *h, struct err *err)
 
   if (!h->c->kept || !h->c->keep_orphans)
     return 0;
-  while (r == 0 && (ci = orphan_next (h->c, stop, h->file_clusters, &stop)) < h->file_clusters)
+  while (r == 0 && (ci = orphan_next (h->c, stop, h->held_clusters, &stop)) < h->held_clusters)
     for (; r == 0 && ci < stop; ++ci)
       if (orphan_unknown (h->c, ci) && ownermap_get (h->c->owners, ci) == 0) {
         r = ownermap_claim (h->c->owners, ci, 1, 1, NULL, err);
@@ -186,7 +186,7 @@ switch_header (struct heal *h, const struct rebuild_plan *plan, struct err *err)
   if (h->g.refcount_order != h->c->geom.refcount_order) {
     len = sizeof fields;
     r = bdev_pread (h->d, fields, len, HEADER_OFF_RT, err);
-    store_be32 (fields + HEADER_OFF_REFCOUNT_ORDER - HEADER_OFF_RT, h->g.refcount_order);
+    store_be32 (fields + (HEADER_OFF_REFCOUNT_ORDER - HEADER_OFF_RT), h->g.refcount_order);
   }
   store_be64 (fields, plan->rt_host_ci << h->g.cluster_bits);
   store_be32 (fields + 8, plan->rt_clusters);
@@ -462,7 +462,7 @@ set_values_in_piece (struct heal *h, uint64_t first_ci, uint64_t first, uint64_t
     uint64_t right = right_refcount (h, first_ci + i);
 
     /* Past the end of the file there is nothing to keep. */
-    if (direction == HEAL_LOWER && h->c->kept && first_ci + i < h->file_clusters)
+    if (direction == HEAL_LOWER && h->c->kept && first_ci + i < h->held_clusters)
       continue;
     if (direction == HEAL_RAISE ? stored < right : stored > right) {
       refbits_set (h->buf, h->g.refcount_order, i, right);

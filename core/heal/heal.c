@@ -137,6 +137,7 @@ heal_init (struct heal *h, struct bdev *d, struct check *c, struct progress *pro
   *h = (struct heal) {
     .d = d, .c = c, .g = c->geom, .progress = progress, .res = res, .buf = buf,
     /* A growable file's last cluster may be cut short; it is a whole one once written. */
+    .held_clusters = DIV_ROUND_UP (bdev_size (d), c->geom.cluster_size),
     .file_clusters = d->can_grow ? DIV_ROUND_UP (bdev_size (d), c->geom.cluster_size)
                                  : bdev_size (d) / c->geom.cluster_size,
   };
