@@ -195,6 +195,32 @@ layer_lay_memory (struct layer *l, struct err *err)
   return r;
 }
 
+/* Heal what c says at the level of refcounts, and check again, into l->after. */
+static int
+heal_refcounts (struct layer *l, struct check *c, enum repair_level level,
+                const struct check_options *copts, struct err *err)
+{
+  struct check *after = NULL;
+  int r = heal_run (l->healed, c, level, copts->progress, &l->result, err);
+
+  if (r == 0)
+    r = check_run (l->healed, copts, &after, err);
+  if (r == 0)
+    r = heal_finish (l->healed, after, &l->result, err);
+  if (after) {
+    check_free (l->after);
+    l->after = after;
+  }
+  return r;
+}
+
+static bool
+copied_wrong (const struct check *c)
+{
+  return findings_has (&c->findings, FINDING_L1_COPIED_WRONG)
+         || findings_has (&c->findings, FINDING_L2_COPIED_WRONG);
+}
+
 /* What the guest can see first, then the refcounts that follow from it. */
 static int
 heal_and_check (struct layer *l, enum repair_level level, const struct check_options *copts,
@@ -206,13 +232,12 @@ heal_and_check (struct layer *l, enum repair_level level, const struct check_opt
   if (level >= REPAIR_ALL)
     r = heal_all (l->healed, &now, copts, &l->result, &l->lost, err);
   if (r == 0)
-    r = heal_run (l->healed, now, level, copts->progress, &l->result, err);
+    r = heal_refcounts (l, now, level, copts, err);
   if (now != l->before)
     check_free (now);
-  if (r == 0)
-    r = check_run (l->healed, copts, &l->after, err);
-  if (r == 0)
-    r = heal_finish (l->healed, l->after, &l->result, err);
+  /* The flags were left alone if a refcount table lay on what the mapping names; it has moved. */
+  if (r == 0 && copied_wrong (l->after))
+    r = heal_refcounts (l, l->after, level, copts, err);
   /* In RAM nobody writes, so nothing is gained by copies there. */
   if (r == 0 && level >= REPAIR_ALL && l->overlay)
     r = heal_split (l->healed, &l->after, copts, &l->result, err);
