@@ -26,6 +26,7 @@
 #include <unistd.h>
 
 #include "base/log.h"
+#include "base/num.h"
 #include "dev/file.h"
 #include "dev/readahead.h"
 #include "img/image.h"
@@ -48,6 +49,16 @@ read_only_because (struct stack *s, const char *fmt, ...)
 
 /* --- refusals */
 
+/* Does the L1 table, as the header has it, lie inside the file?  image_open asks that. */
+static bool
+l1_inside (const struct check *c)
+{
+  uint64_t bytes = c->header.l1_entries * UINT64_C (8);
+
+  return bytes <= MAX_L1_BYTES
+         && range_fits (c->header.l1_host_off, bytes, ROUND_UP (c->file_size, c->geom.cluster_size));
+}
+
 /* Can a guest disk come of this at all? */
 static int
 judge (struct stack *s, struct err *err)
@@ -58,9 +69,17 @@ judge (struct stack *s, struct err *err)
     return err_set (err, EINVAL, "%s: the damage is too great for this version: the mapping of "
                     "the guest disk cannot be read (see the findings).  Nothing was changed",
                     s->top.path);
+  if (c->l1_entries_right < geom_l1_entries (&c->geom, c->header.size))
+    return err_set (err, EINVAL, "%s: the header says that the disk has %llu bytes, more than any L1 "
+                    "table can map with clusters of %llu bytes.  That field is damaged, and no level "
+                    "mends it.  Nothing was changed", s->top.path,
+                    (unsigned long long) c->header.size, (unsigned long long) c->geom.cluster_size);
   if (findings_has (&c->findings, FINDING_L1_TOO_SMALL) && s->repair < REPAIR_ALL)
     return err_set (err, EINVAL, "%s: the L1 table is too small for the disk that the header "
                     "describes; repair=all mends this.  Nothing was changed", s->top.path);
+  if (s->repair < REPAIR_ALL && !l1_inside (c))
+    return err_set (err, EINVAL, "%s: the L1 table has more entries, the header says, than can be read; "
+                    "repair=all mends this.  Nothing was changed", s->top.path);
   if (c->header.crypt_method != CRYPT_NONE
       && asprintf (&s->why_no_guest, "the guest disk is encrypted (%s), and this program has no key; "
                    "the image itself can be fetched as the export healed.qcow2",

@@ -64,4 +64,10 @@ mends "l1_size too large" small H07  set l1_size=0x7fffffff
 cp small.raw larger.raw
 truncate -s 32M larger.raw
 want=larger.raw mends "a disk too large for its L1 table" small H06  set size=$((32 << 20))
+
+cp small.qcow2 d.qcow2
+patch d.qcow2 set size=$((1 << 40))
+rm -f d.overlay
+ok "a disk too large for any L1 table is refused" not serve d.qcow2 repair=all overlay=d.overlay --run true
+ok "and no level is said to help" eval 'holds "no level" <err.log'
 done_testing
