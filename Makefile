@@ -118,6 +118,34 @@ $(foreach l,$(LAYERS),$(eval $(call unit_rule,$(l))))
 unit: $(unit_tests)
 	@set -e; for t in $(unit_tests); do echo "== $$t"; $$t; done
 
+# --- fuzzing: tests/fuzz/fuzz-image.c tells what an input is
+# A find is left as crash-* in $(FUZZ)/, for tests/fuzz/finds.
+FUZZ_SECONDS ?= 600
+FUZZ_ARGS    ?=
+FUZZ         := $(BUILD)-fuzz
+fuzz_obj     := $(addprefix $(BUILD)/tests/fuzz/,bases.o fuzz-image.o)
+replay       := $(BUILD)/tests/fuzz/replay
+fuzz_image   := $(BUILD)/tests/fuzz/fuzz-image
+
+$(replay): $(BUILD)/tests/fuzz/replay.o $(fuzz_obj) $(call libs_for,stack)
+	$(call say,LINK,$@)
+	$(Q)$(CC) $(ALL_CFLAGS) $(LDFLAGS) -o $@ $^ $(CORE_LIBS)
+
+$(fuzz_image): $(fuzz_obj) $(call libs_for,stack)
+	$(call say,LINK,$@)
+	$(Q)$(CC) $(ALL_CFLAGS) $(LDFLAGS) -fsanitize=fuzzer -o $@ $^ $(CORE_LIBS)
+
+fuzz-built: $(fuzz_image)
+
+fuzz:
+	@tests/deps.sh --install build fuzz
+	@$(MAKE) --no-print-directory BUILD=$(FUZZ) CC=clang \
+	   SANITIZE='$(SANITIZER_FLAGS) -fsanitize=fuzzer-no-link' fuzz-built
+	@mkdir -p $(FUZZ)/corpus
+	@cp tests/fuzz/finds/*.input $(FUZZ)/corpus/
+	cd $(FUZZ) && tests/fuzz/fuzz-image -max_total_time=$(FUZZ_SECONDS) -max_len=290 -timeout=20 \
+	   -rss_limit_mb=1024 -print_final_stats=1 $(FUZZ_ARGS) corpus
+
 # --- benchmarks: see tests/bench/bench.py
 bench_programs := $(BUILD)/tests/bench/synthetic $(BUILD)/tests/peak
 $(BUILD)/tests/bench/synthetic: $(BUILD)/tests/bench/synthetic.o $(call libs_for,check)
@@ -178,7 +206,7 @@ prove = MAKEFLAGS= MAKELEVEL= PLUGIN=$(abspath $(PLUGIN)) BUILD=$(abspath $(BUIL
 check: deps-check
 	@$(MAKE) --no-print-directory check-built
 
-check-built: all $(unit_tests) $(bench_programs)
+check-built: all $(unit_tests) $(bench_programs) $(replay)
 	@$(prove) $(TESTS)
 
 check-units: $(unit_tests)
@@ -238,7 +266,7 @@ uninstall: | $(BUILD)/have-build
 	rm -f '$(DESTDIR)$(plugindir)/$(notdir $(PLUGIN))' '$(DESTDIR)$(mandir)/man1/$(notdir $(MANPAGE))'
 
 clean:
-	rm -rf $(BUILD) $(BUILD)-sanitize
+	rm -rf $(BUILD) $(BUILD)-sanitize $(FUZZ)
 
 define HELP
 make                 build the plugin and its man page in $(BUILD)/
@@ -246,6 +274,7 @@ make serve           try it: make a small damaged image (or IMAGE=FILE), heal it
                      SERVE_ARGS="..." are passed on to nbdkit
 make check           all tests; TESTS="tests/t/x.t" for some; installs what they need
 make sanitize        the unit tests with the address and undefined behaviour sanitizers
+make fuzz            damage images at random for FUZZ_SECONDS (600), with clang's libFuzzer; see docs/TESTING.md
 make soak            long runs, and everything again in a clean room (needs root)
 make bench           everything measured beside its peers, about 20 minutes: a table, and $(BUILD)/bench.json
                      BENCH="randread* copy" for some rows; docs/BENCHMARKING.md tells them
@@ -269,5 +298,5 @@ help:
 -include $(shell find $(BUILD) -name '*.d' 2>/dev/null)
 
 FORCE:
-.PHONY: all unit bench bench-quick bench-built docs recovery check check-built check-units sanitize soak check-layers \
+.PHONY: all unit bench bench-quick bench-built docs recovery check check-built check-units sanitize fuzz fuzz-built soak check-layers \
         check-headers serve deps deps-bench deps-check install uninstall clean help FORCE

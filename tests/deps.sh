@@ -6,7 +6,7 @@
 #   deps.sh --extras GROUP...    install what may be missing, if it can be had
 #   deps.sh --list GROUP...      name the packages, missing or not
 #
-# Groups: build, unit (unit tests), test (tests/t), serve, bench, soak.
+# Groups: build, unit (unit tests), test (tests/t), serve, bench, fuzz, soak.
 # Tried on Debian 12; the names for Fedora are given to the best of our knowledge.
 set -u
 
@@ -61,6 +61,7 @@ bench | cmd:qemu-img          | qemu-utils          | qemu-img
 bench | cmd:qemu-io           | qemu-utils          | qemu-img
 bench | cmd:qemu-nbd          | qemu-utils          | qemu-img
 bench | py:json               | python3             | python3
+fuzz  | cmd:clang             | clang libclang-rt-14-dev | clang compiler-rt
 soak  | cmd:fio               | fio                 | fio
 soak  | cmd:guestfish         | libguestfs-tools    | guestfs-tools
 soak  | cmd:virt-qemu-run     | libvirt-daemon-driver-qemu | libvirt-daemon-driver-qemu
