@@ -4,7 +4,7 @@
 . "$(dirname "$0")/../lib.sh"
 
 replay=$BUILD/tests/fuzz/replay
-finds=$(cd "$(dirname "$0")/../fuzz/finds" && pwd)
+finds=$tests_dir/fuzz/finds
 
 # Without its data file, QEMU opens the last one for nothing.
 truncate -s 96K data
