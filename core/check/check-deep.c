@@ -97,7 +97,7 @@ join_streams (struct deep *d)
     for (n = 1; i + n < v->len && v->ptr[i + n].host_off <= end; ++n) {
       uint64_t next_end = MAX (end, v->ptr[i + n].host_off + v->ptr[i + n].host_len);
 
-      if (next_end - off > SPAN_BYTES)
+      if (next_end > end && next_end - off > SPAN_BYTES)
         break;
       end = next_end;
     }
@@ -129,6 +129,15 @@ report_stream (struct deep *d, const struct stream *s, struct finding_batch *bat
       .fix = id == FINDING_STREAM_UNREADABLE ? BAD_UNREADABLE : BAD_LOST }, NULL);
 }
 
+/* Has b been tried when a has, with that result?  Else a few bytes that every entry of a table names
+ * would be decompressed as often as there are entries.
+ */
+static bool
+is_known (const struct stream *a, const struct stream *b, int good)
+{
+  return a->host_off == b->host_off && (good == 0 || a->host_len == b->host_len);
+}
+
 /* r < 0: the span could not be read. */
 static int
 try_streams (struct deep *d, size_t i, const uint8_t *buf, int r, uint8_t *out,
@@ -136,18 +145,19 @@ try_streams (struct deep *d, size_t i, const uint8_t *buf, int r, uint8_t *out,
 {
   const struct span *span = &d->spans.ptr[i];
   uint8_t type = d->k->c->header.compression_type;
+  int good = r;
 
   for (size_t j = span->first; j < span->first + span->nr; ++j) {
     const struct stream *s = &d->streams.ptr[j];
     enum finding_id id = FINDING_STREAM_UNREADABLE;
-    int good = r;
 
     if (progress_cancelled (d->k->progress))
       return -ECANCELED;
     if (r == 0) {
       id = FINDING_STREAM_BROKEN;
-      good = inflate_cluster (type, buf + (s->host_off - d->ranges.ptr[i].off), s->host_len, out,
-                              d->k->g->cluster_size, NULL);
+      if (j == span->first || !is_known (s - 1, s, good))
+        good = inflate_cluster (type, buf + (s->host_off - d->ranges.ptr[i].off), s->host_len, out,
+                                d->k->g->cluster_size, NULL);
     }
     if (good == -ENOMEM || (good < 0 && report_stream (d, s, batch, id) < 0))
       return -ENOMEM;
