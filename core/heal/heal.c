@@ -53,16 +53,30 @@ clear_unknown_autoclear (struct heal *h, struct err *err)
   return bdev_pwrite (h->d, field, sizeof field, HEADER_OFF_AUTOCLEAR, BDEV_FUA, err);
 }
 
-/* The smallest refcount width that holds every count.  Version 2 has no choice. */
+static bool
+any_block_lost (const struct check *c)
+{
+  for (uint64_t i = 0; i < c->rt.nr_entries; ++i)
+    if (c->rt.states[i] == RB_LOST)
+      return true;
+  return false;
+}
+
+/* The smallest refcount width that holds every count.  Version 2 has no choice.  Refcounts that were
+ * lost were compared with nothing, so that nobody has found yet that they do not fit.
+ */
 static void
 choose_refcount_width (struct heal *h)
 {
   uint64_t end = ownermap_end (h->c->owners), max = 0;
 
-  if (!findings_has (&h->c->findings, FINDING_REFCOUNT_OVERFLOW) || h->g.version < 3)
+  if (h->g.version < 3 || (!findings_has (&h->c->findings, FINDING_REFCOUNT_OVERFLOW)
+                           && h->c->rt.usable && !any_block_lost (h->c)))
     return;
   for (uint64_t ci = 0; (ci = ownermap_find (h->c->owners, ci, end, true)) < end; ++ci)
     max = MAX (max, ownermap_get (h->c->owners, ci));
+  if (max <= h->g.refcount_max)
+    return;
   while (h->g.refcount_max < max) {
     struct header wider = h->c->header;
 
@@ -76,15 +90,6 @@ static bool
 structure_unusable (const struct heal *h)
 {
   return !h->c->rt.usable || h->g.refcount_order != h->c->geom.refcount_order;
-}
-
-static bool
-any_block_lost (const struct check *c)
-{
-  for (uint64_t i = 0; i < c->rt.nr_entries; ++i)
-    if (c->rt.states[i] == RB_LOST)
-      return true;
-  return false;
 }
 
 /* Stage 1.  *sound_blocks tells whether old blocks stay in use, so that their
