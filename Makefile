@@ -227,7 +227,7 @@ soak: deps-check
 check-layers:
 	@tests/check-layers.sh . $(foreach l,$(LAYERS),'$(l):$(deps_$(l))')
 
-headers := $(wildcard core/*.h core/*/*.h plugin/*.h tests/*.h)
+headers := $(wildcard core/*.h core/*/*.h plugin/*.h tests/*.h tests/fuzz/*.h)
 check-headers: | $(BUILD)/have-build
 	@set -e; for h in $(headers); do \
 	  $(CC) $(filter-out -MMD -MP,$(ALL_CFLAGS)) -Werror $(plugin_cflags) -fsyntax-only -x c $$h; \

@@ -61,7 +61,7 @@ bench | cmd:qemu-img          | qemu-utils          | qemu-img
 bench | cmd:qemu-io           | qemu-utils          | qemu-img
 bench | cmd:qemu-nbd          | qemu-utils          | qemu-img
 bench | py:json               | python3             | python3
-fuzz  | cmd:clang             | clang libclang-rt-14-dev | clang compiler-rt
+fuzz  | cmd:clang             | clang libclang-rt-dev | clang compiler-rt
 soak  | cmd:fio               | fio                 | fio
 soak  | cmd:guestfish         | libguestfs-tools    | guestfs-tools
 soak  | cmd:virt-qemu-run     | libvirt-daemon-driver-qemu | libvirt-daemon-driver-qemu
