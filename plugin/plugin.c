@@ -3,7 +3,7 @@
  * All work is elsewhere: config.c reads the parameters, start.c opens, checks
  * and heals the image (before nbdkit forks, so that errors are seen and no
  * thread is lost in the fork), exports.c answers what clients negotiate, io.c
- * carries the requests, quit.c notices the end.
+ * carries the requests, quit.c notices the end, limit.c survives limits.
  *
  * On the way out nbdkit waits for running requests, closes the connections and
  * then calls cleanup: there the image is flushed and closed (dirty bit cleared,
@@ -44,9 +44,17 @@ plugin_unload (void)
 {
   quit_unwatch ();
   stop ();
+  limit_unwatch ();
   config_reset ();
   log_set_debug_hook (NULL);
   log_set_notice_hook (NULL);
+}
+
+static int
+after_fork (void)
+{
+  limit_watch ();
+  return quit_watch ();
 }
 
 /* For scripts that must know what this build can do. */
@@ -102,7 +110,7 @@ static struct nbdkit_plugin plugin = {
   .config_help        = config_help,
   .magic_config_key   = "file",
   .get_ready          = start,
-  .after_fork         = quit_watch,
+  .after_fork         = after_fork,
   .cleanup            = stop,
 
   .list_exports       = exports_list,

@@ -25,6 +25,12 @@ void stop (void);
 int quit_watch (void);
 void quit_unwatch (void);
 
+/* limit.c: while it is served, a file that may not grow any more is an error for the guest, not the
+ * end of the process.  unwatch: before this code is unloaded.
+ */
+void limit_watch (void);
+void limit_unwatch (void);
+
 /* report-file.c: write the JSON report to path, whole or not at all.  s may be
  * NULL (nothing could be opened), failure too (nothing went wrong).  0 or
  * -errno.

@@ -306,7 +306,8 @@ file_resize (struct bdev *d, uint64_t size, uint64_t ahead, struct err *err)
   r = ahead > 0 ? grow_ahead_locked (f, size, ahead) : set_length_locked (f, size);
   if (r < 0) {
     atomic_store (&d->size, old);
-    return err_set (err, -r, "%s: cannot resize from %llu to %llu bytes: %s", d->name,
+    /* A file that must not be longer is as full as a disk. */
+    return err_set (err, r == -EFBIG ? ENOSPC : -r, "%s: cannot resize from %llu to %llu bytes: %s", d->name,
                     (unsigned long long) old, (unsigned long long) size, strerror (-r));
   }
   atomic_store (&d->size, size);
