@@ -82,15 +82,24 @@ write_regular (const char *path, const struct stack *s, const struct err *failur
   return r;
 }
 
+/* What /dev/stderr leads to may well be a regular file, with other things in it.  But /dev/shm is
+ * a folder like any other.
+ */
+static bool
+is_special (const char *path)
+{
+  struct stat st;
+
+  if (strncmp (path, "/dev/", 5) == 0 && strncmp (path, "/dev/shm/", 9) != 0)
+    return true;
+  return stat (path, &st) == 0 && !S_ISREG (st.st_mode);
+}
+
 int
 report_file_write (const char *path, const struct stack *s, const struct err *failure,
                    struct err *err)
 {
-  struct stat st;
-  /* What /dev/stderr leads to may well be a regular file, with other things in it. */
-  bool special = strncmp (path, "/dev/", 5) == 0 ||
-                 (stat (path, &st) == 0 && !S_ISREG (st.st_mode));
-  int r = special ? write_special (path, s, failure) : write_regular (path, s, failure);
+  int r = is_special (path) ? write_special (path, s, failure) : write_regular (path, s, failure);
 
   return r < 0 ? fail (err, path, -r) : 0;
 }

@@ -145,6 +145,11 @@ ok "the link is still one" test -L link.json
 ok "and the report is behind it" jq -e .format kept.json
 mkfifo pipe
 refused "a report into a pipe that nobody reads" 'report .*pipe cannot be written' a.qcow2 report=pipe
+in_ram
+serve a.qcow2 report="$ram/shm.json"
+ok "a report into memory's folder under /dev" jq -e .format "$ram/shm.json"
+serve a.qcow2 report="$ram/shm.json"
+is "which is written anew, not appended to" "$(jq -s length "$ram/shm.json")" 1
 serve a.qcow2 report=/dev/stderr
 ok "a report to stderr" eval "sed -n '/^{/,/^}/p' err.log | jq -e .format"
 
