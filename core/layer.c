@@ -198,11 +198,13 @@ layer_lay_memory (struct layer *l, struct err *err)
 /* Heal what c says at the level of refcounts, and check again, into l->after. */
 static int
 heal_refcounts (struct layer *l, struct check *c, enum repair_level level,
-                const struct check_options *copts, struct err *err)
+                struct check_options *copts, struct err *err)
 {
   struct check *after = NULL;
   int r = heal_run (l->healed, c, level, copts->progress, &l->result, err);
 
+  /* What had to be kept is no damage that remains: with a refcount, nobody writes there. */
+  copts->keep_leaks |= l->result.leaks_kept > 0;
   if (r == 0)
     r = check_run (l->healed, copts, &after, err);
   if (r == 0)
@@ -226,21 +228,22 @@ static int
 heal_and_check (struct layer *l, enum repair_level level, const struct check_options *copts,
                 struct err *err)
 {
+  struct check_options after = *copts;
   struct check *now = l->before;
   int r = 0;
 
   if (level >= REPAIR_ALL)
     r = heal_all (l->healed, &now, copts, &l->result, &l->lost, err);
   if (r == 0)
-    r = heal_refcounts (l, now, level, copts, err);
+    r = heal_refcounts (l, now, level, &after, err);
   if (now != l->before)
     check_free (now);
   /* The flags were left alone if a refcount table lay on what the mapping names; it has moved. */
   if (r == 0 && copied_wrong (l->after))
-    r = heal_refcounts (l, l->after, level, copts, err);
+    r = heal_refcounts (l, l->after, level, &after, err);
   /* In RAM nobody writes, so nothing is gained by copies there. */
   if (r == 0 && level >= REPAIR_ALL && l->overlay)
-    r = heal_split (l->healed, &l->after, copts, &l->result, err);
+    r = heal_split (l->healed, &l->after, &after, &l->result, err);
   return r;
 }
 

@@ -88,4 +88,16 @@ ok "an unknown extension and a garbled block: the guest writes" serve ext.qcow2 
   --run 'qemu-io -f raw -c "write -P 2 4M 8M" -c "read -P 2 4M 8M" -c "read -P 1 0 1M" "$uri"'
 is "refcounts inside the file are kept" "$(jq '.healed["leaks-kept"] > 0' r.json)" true
 ok "QEMU finds no errors" img_check_leaks_at_most "json:$(nested o)"
+# Orphans that are kept since an unknown feature may own them are no damage that remains.
+make_image feature.qcow2 16M -o cluster_size=4k
+io feature.qcow2 'write -P 1 0 4M'
+patch feature.qcow2 l1 0 0x8000000000000200 + set autoclear_features=0x100
+rm -f o
+ok "a lost L2 table beside an unknown feature: served" serve feature.qcow2 repair=all overlay=o report=r.json
+is "and may be written to" "$(jq -r .served r.json)" read-write
+is "its clusters are kept" "$(jq '.healed["leaks-kept"] > 500' r.json)" true
+ok "QEMU finds leaks at most" img_check_leaks_at_most "json:$(nested o)"
+ok "the next start knows that nobody owns them" serve feature.qcow2 repair=all overlay=o report=r.json
+ok "QEMU finds it clean" nested_qemu_img_check o
+
 done_testing
