@@ -242,8 +242,10 @@ static int
 complete_lost (struct stack *s, struct progress *progress, struct err *err)
 {
   struct layer *top = &s->top;
-  bool names_backing = top->before->header.backing_off
-                       || findings_has (&top->before->findings, FINDING_BACKING_NAME_OUTSIDE);
+  const struct header *before = &top->before->header;
+  /* A place without a length never was a name, unless the repair found one. */
+  bool names_backing = layer_now (top)->header.backing_off
+                       || (before->backing_off && before->backing_len);
   struct err why = { 0 };
   int r = 0;
 

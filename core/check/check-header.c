@@ -95,7 +95,7 @@ check_backing_name (struct checker *k, const uint8_t *cluster, struct err *err)
   if (header_backing_outside (h))
     return header_finding (k, FINDING_BACKING_NAME_OUTSIDE, HEADER_OFF_BACKING_OFF,
                            h->backing_off, err);
-  if (h->backing_off == 0 || h->backing_len == 0)
+  if (h->backing_off == 0)
     return 0;
   k->c->backing_name = strndup ((const char *) cluster + h->backing_off, h->backing_len);
   return k->c->backing_name ? 0 : err_set (err, ENOMEM, "out of memory");

@@ -621,14 +621,23 @@ check_snapshot_l1s (struct checker *k, struct err *err)
   return r < 0 ? r : follow_snapshots (k, &claim, err);
 }
 
+static bool
+could_be_a_place (const struct checker *k, uint64_t host_off)
+{
+  return IS_ALIGNED (host_off, k->g->cluster_size) && host_off <= INT64_MAX;
+}
+
 int
 check_snapshots (struct checker *k, struct err *err)
 {
   const struct header *h = &k->c->header;
   int r = 0;
 
+  /* Nobody looks there then, but QEMU opens no image whose field cannot be a place. */
   if (h->nr_snapshots == 0)
-    return 0;
+    return could_be_a_place (k, h->snapshots_host_off) ? 0
+           : snapshot_finding (k, FINDING_SNAPSHOT_TABLE_OUTSIDE, NO_SNAPSHOT, 0,
+                               h->snapshots_host_off, h->snapshots_host_off, err);
   if (h->nr_snapshots > MAX_SNAPSHOTS) {
     r = snapshot_finding (k, FINDING_TOO_MANY_SNAPSHOTS, NO_SNAPSHOT, 0, HEADER_OFF_NB_SNAPSHOTS,
                           h->nr_snapshots, err);

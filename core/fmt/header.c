@@ -221,7 +221,7 @@ bool
 header_backing_outside (const struct header *h)
 {
   return h->backing_off != 0
-         && (h->backing_len > MAX_BACKING_NAME
+         && (h->backing_len == 0 || h->backing_len > MAX_BACKING_NAME
              || !range_fits (h->backing_off, h->backing_len, UINT64_C (1) << h->cluster_bits));
 }
 

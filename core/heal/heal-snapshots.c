@@ -52,8 +52,9 @@ table_lost (const struct heal *h, enum finding_id *why)
 {
   *why = total (h, FINDING_SNAPSHOT_TABLE_OUTSIDE) ? FINDING_SNAPSHOT_TABLE_OUTSIDE
                                                    : FINDING_TOO_MANY_SNAPSHOTS;
-  /* A count without a place was never anything but a count. */
-  return total (h, *why) && h->c->snapshots.len == 0 && h->c->header.snapshots_host_off;
+  /* A count without a place was never anything but a count, nor a place without one. */
+  return total (h, *why) && h->c->snapshots.len == 0 && h->c->header.snapshots_host_off
+         && h->c->header.nr_snapshots;
 }
 
 /* n snapshots, or an unknown number of them, of which nothing is known. */

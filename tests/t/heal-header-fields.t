@@ -70,4 +70,11 @@ patch d.qcow2 set size=$((1 << 40))
 rm -f d.overlay
 ok "a disk too large for any L1 table is refused" not serve d.qcow2 repair=all overlay=d.overlay --run true
 ok "and no level is said to help" eval 'holds "no level" <err.log'
+
+# The place of a backing file's name without a length: there is none, and nothing of it is lost.
+mends "a place of a name without a length" small H04 set backing_file_offset=0x80
+is "nothing is lost by that" "$(jq -r '.lost["active-bytes"] // 0' report.json)" 0
+is "and it may be written to" "$(jq -r .served report.json)" read-write
+mends "the name's length is lost" backed H04 set backing_file_size=0
+
 done_testing

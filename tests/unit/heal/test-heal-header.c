@@ -49,6 +49,40 @@ test_header_length (void **state)
   }
 }
 
+/* A place of the backing file's name without a length: there is none. */
+static void
+test_backing_without_length (void **state)
+{
+  static const uint64_t wrong[] = { 0x2000, 0x70, 0xfff8, UINT64_C (1) << 50 };
+
+  for (unsigned i = 0; i < sizeof wrong / sizeof wrong[0]; ++i) {
+    struct bdev *d = make_image ("compat=1.1", "8M", DATA);
+    struct patient p;
+
+    put64 (d, HEADER_OFF_BACKING_OFF, wrong[i]);
+    heal_patient (d, &p, "");
+    assert_int_equal (get64 (d, HEADER_OFF_BACKING_OFF), 0);
+    assert_guest (&p, "1M");
+    patient_free (&p);
+  }
+}
+
+/* Only the length was lost: the name is there again. */
+static void
+test_backing_length_zeroed (void **state)
+{
+  struct bdev *d = make_image ("compat=1.1", "8M", BACKED);
+  uint32_t len = get32 (d, HEADER_OFF_BACKING_LEN);
+  uint64_t off = get64 (d, HEADER_OFF_BACKING_OFF);
+  struct patient p;
+
+  put32 (d, HEADER_OFF_BACKING_LEN, 0);
+  heal_patient (d, &p, "");
+  assert_int_equal (get64 (d, HEADER_OFF_BACKING_OFF), off);
+  assert_int_equal (get32 (d, HEADER_OFF_BACKING_LEN), len);
+  patient_free (&p);
+}
+
 /* --- extensions */
 
 /* Every known extension with lengths that reach out: all of them are there again. */
@@ -347,6 +381,8 @@ main (void)
 {
   const struct CMUnitTest tests[] = {
     cmocka_unit_test (test_header_length),
+    cmocka_unit_test (test_backing_without_length),
+    cmocka_unit_test (test_backing_length_zeroed),
     cmocka_unit_test (test_extension_lengths),
     cmocka_unit_test (test_format_runs_on),
     cmocka_unit_test (test_unknown_extension),

@@ -136,6 +136,25 @@ test_table_outside (void **state)
 }
 
 /* An absurd count: the entries that are there are found all the same. */
+/* QEMU opens no image with such a field, even if there are none. */
+static void
+test_place_without_count (void **state)
+{
+  static const uint64_t wrong[] = { 1, 0x10008, UINT64_C (1) << 63 };
+
+  for (unsigned i = 0; i < sizeof wrong / sizeof wrong[0]; ++i)
+    for (unsigned v2 = 0; v2 < 2; ++v2) {
+      struct bdev *d = make_image (v2 ? "compat=0.10" : "compat=1.1", "8M",
+                                   "qemu-io -f qcow2 -c 'write -q -P 1 0 1M' $f");
+      struct patient p;
+
+      put64 (d, HEADER_OFF_SNAPSHOTS, wrong[i]);
+      heal_patient (d, &p, "");
+      assert_int_equal (get64 (d, HEADER_OFF_SNAPSHOTS), 0);
+      patient_free (&p);
+    }
+}
+
 static void
 test_count_absurd (void **state)
 {
@@ -287,6 +306,7 @@ main (void)
     cmocka_unit_test (test_last_goes_in_place),
     cmocka_unit_test (test_all_go),
     cmocka_unit_test (test_table_outside),
+    cmocka_unit_test (test_place_without_count),
     cmocka_unit_test (test_count_absurd),
     cmocka_unit_test (test_entry_bad),
     cmocka_unit_test (test_extra_data_is_added),
