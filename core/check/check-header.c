@@ -44,6 +44,9 @@ check_features (struct checker *k, struct err *err)
   if (r == 0 && (h->autoclear & ~AUTOCLEAR_KNOWN))
     r = header_finding (k, FINDING_AUTOCLEAR_UNKNOWN, HEADER_OFF_AUTOCLEAR,
                         h->autoclear & ~AUTOCLEAR_KNOWN, err);
+  if (r == 0 && (h->autoclear & AUTOCLEAR_DATA_FILE_RAW) && !k->g->data_file)
+    r = header_finding (k, FINDING_RAW_WITHOUT_DATA_FILE, HEADER_OFF_AUTOCLEAR,
+                        AUTOCLEAR_DATA_FILE_RAW, err);
   if ((h->autoclear & ~AUTOCLEAR_KNOWN) || (h->compatible & ~COMPAT_LAZY_REFCOUNTS))
     set_incomplete (k);
   return r;

@@ -2,7 +2,7 @@
  * them reaches the disk leaves the image no worse than it was:
  *
  *   0. unknown autoclear bits are cleared, as the specification demands before
- *      anybody writes
+ *      anybody writes, and one that speaks of a data file where there is none
  *   1. refcounts up: a rebuilt structure, or blocks replaced alone, or values
  *      raised in place - whichever is the smallest that is right (I2, I5)
  *   2. COPIED flags, which speak about refcounts that are right now
@@ -43,13 +43,18 @@ heal_needed (const struct check *c, enum repair_level level)
 }
 
 static int
-clear_unknown_autoclear (struct heal *h, struct err *err)
+clear_autoclear (struct heal *h, struct err *err)
 {
+  bool no_data_file = findings_has (&h->c->findings, FINDING_RAW_WITHOUT_DATA_FILE);
+  uint64_t bits = h->c->header.autoclear, keep = bits & AUTOCLEAR_KNOWN;
   uint8_t field[8];
 
-  if (h->c->header.version < 3 || !(h->c->header.autoclear & ~AUTOCLEAR_KNOWN))
+  if (no_data_file)
+    keep &= ~AUTOCLEAR_DATA_FILE_RAW;
+  if (h->c->header.version < 3 || keep == bits)
     return 0;
-  store_be64 (field, h->c->header.autoclear & AUTOCLEAR_KNOWN);
+  h->res->structures += no_data_file;
+  store_be64 (field, keep);
   return bdev_pwrite (h->d, field, sizeof field, HEADER_OFF_AUTOCLEAR, BDEV_FUA, err);
 }
 
@@ -118,7 +123,7 @@ static int
 run_stages (struct heal *h, struct err *err)
 {
   bool blocks_stay;
-  int r = clear_unknown_autoclear (h, err);
+  int r = clear_autoclear (h, err);
 
   if (r == 0)
     r = raise_refcounts (h, &blocks_stay, err);

@@ -49,6 +49,20 @@ test_header_length (void **state)
   }
 }
 
+/* QEMU opens no image that says its data file is raw and has none. */
+static void
+test_raw_without_data_file (void **state)
+{
+  struct bdev *d = make_image ("compat=1.1", "8M", DATA " && qemu-img bitmap --add $f alpha");
+  struct patient p;
+
+  put64 (d, HEADER_OFF_AUTOCLEAR, AUTOCLEAR_BITMAPS | AUTOCLEAR_DATA_FILE_RAW);
+  heal_patient (d, &p, "");
+  assert_int_equal (get64 (d, HEADER_OFF_AUTOCLEAR), AUTOCLEAR_BITMAPS);
+  assert_guest (&p, "1M");
+  patient_free (&p);
+}
+
 /* A place of the backing file's name without a length: there is none. */
 static void
 test_backing_without_length (void **state)
@@ -381,6 +395,7 @@ main (void)
 {
   const struct CMUnitTest tests[] = {
     cmocka_unit_test (test_header_length),
+    cmocka_unit_test (test_raw_without_data_file),
     cmocka_unit_test (test_backing_without_length),
     cmocka_unit_test (test_backing_length_zeroed),
     cmocka_unit_test (test_extension_lengths),
