@@ -2,12 +2,14 @@
  *
  * The rule is that metadata beats data, and what was claimed first beats what
  * came later (header, active tables, snapshots, bitmaps: the order of the
- * phases).  It has one exception: a table whose contents are nonsense, i.e. has
+ * phases).  It has two exceptions.  A table whose contents are nonsense, i.e. has
  * more entries that are impossible than entries that are possible, loses to
  * whatever else lies there, since that it is read as a table is the doing of one
  * wrong L1 entry.  Then all L1 entries that name it are lost (T08), the other
  * owner keeps the cluster, and nothing that its entries say counts.  Nonsense
- * without a rival is kept: its possible entries may be all that is left.
+ * without a rival is kept: its possible entries may be all that is left.  And the data of a
+ * bitmap gives way to an entry of a guest that is in line with its neighbours, or if the bitmap
+ * is lost anyway: a bitmap can be made again.
  *
  * An entry with reserved bits is believed otherwise, if nothing speaks against
  * the rest of it: an L1 entry if it leads to a table that is none of that
@@ -190,6 +192,73 @@ shorten_stream (struct checker *k, const struct l2_table *t, enum finding_id id,
                                         .fix = BAD_SECTORS, .end = end }, err);
 }
 
+/* --- bitmaps: they say nothing about the disk */
+
+static int
+lose_bitmap (struct checker *k, const struct bitmap_doubt *d, struct err *err)
+{
+  bool directory = d->bitmap == UINT32_MAX;
+
+  if (directory && k->c->bitmap_dir_damaged)
+    return 0;
+  if (!directory && (k->c->bitmap_dir_damaged || k->c->bitmaps.ptr[d->bitmap].damaged))
+    return 0;
+  if (directory) {
+    k->c->bitmap_dir_damaged = true;
+    k->c->bitmaps.len = 0;
+  }
+  else
+    k->c->bitmaps.ptr[d->bitmap].damaged = true;
+  return add_finding (k, (struct finding) {
+      .id = directory ? FINDING_BITMAPS_DAMAGED : FINDING_BITMAP_DAMAGED,
+      .snapshot_index = FINDING_ACTIVE, .host_off = d->table_host_off,
+      .guest_off = FINDING_NO_OFF, .index = directory ? 0 : d->bitmap, .found = d->found }, err);
+}
+
+static const struct bitmap_doubt *
+bitmap_data_at (const struct checker *k, uint64_t ci)
+{
+  const struct bitmap_doubt_vec *v = &k->bitmap_data;
+  size_t lo = 0, hi = v->len;
+
+  while (lo < hi) {
+    size_t mid = lo + (hi - lo) / 2;
+
+    if (v->ptr[mid].ci < ci)
+      lo = mid + 1;
+    else
+      hi = mid;
+  }
+  return lo < v->len && v->ptr[lo].ci == ci ? &v->ptr[lo] : NULL;
+}
+
+/* Does entry i of t name cluster ci, and nothing but guests' entries? */
+static bool
+names_data (const struct checker *k, const struct l2_table *t, uint64_t i, uint64_t ci)
+{
+  uint64_t step = k->g->extended_l2 ? 16 : 8;
+  uint8_t entry[8];
+
+  if (i >= k->g->cluster_size / step || ci == 0 || ownermap_get (k->meta, ci) > 0
+      || bdev_pread_padded (k->d, entry, sizeof entry, t->host_off + i * step, NULL) < 0)
+    return false;
+  return (load_be64 (entry) & (L2E_COMPRESSED | L2E_OFF_MASK)) == ci << k->g->cluster_bits;
+}
+
+/* Entry i of t names a cluster that a bitmap's table names too: one of the two is wrong. */
+static const struct bitmap_doubt *
+bitmap_gives_way (const struct checker *k, const struct l2_table *t, uint64_t i, uint64_t ci)
+{
+  const struct bitmap_doubt *b = ownermap_get (k->meta, ci) == 1 ? bitmap_data_at (k, ci) : NULL;
+
+  if (b == NULL)
+    return NULL;
+  return k->c->bitmap_dir_damaged || k->c->bitmaps.ptr[b->bitmap].damaged
+         || names_data (k, t, i - 1, ci - 1) || names_data (k, t, i + 1, ci + 1) ? b : NULL;
+}
+
+/* --- entries that name metadata */
+
 /* The cluster at ci, which entry i of t names, is metadata too.  *lost: of somebody
  * who is believed.
  */
@@ -197,10 +266,18 @@ static int
 settle_cluster (struct checker *k, const struct l2_table *t, uint64_t i, uint64_t ci, bool *lost,
                 struct err *err)
 {
+  const struct bitmap_doubt *bitmap = bitmap_gives_way (k, t, i, ci);
   struct owner winner, data = data_owner (k, t, i, 1);
   uint64_t off = ci << k->g->cluster_bits;
   const struct l2_table *none;
 
+  if (bitmap) {
+    struct owner loser = { .kind = OWNER_BITMAP, .snapshot_index = FINDING_ACTIVE,
+                           .index = bitmap->bitmap };
+    int r = conflict_add (k, off, k->g->cluster_size, data, loser, err);
+
+    return r < 0 ? r : lose_bitmap (k, bitmap, err);
+  }
   if (owner_at (k, ci, NULL, &winner)) {
     *lost = true;
     return conflict_add (k, off, k->g->cluster_size, winner, data, err);
@@ -395,27 +472,6 @@ forget_dropped (struct checker *k)
 /* --- bitmaps, snapshots and what else came too late */
 
 static int
-lose_bitmap (struct checker *k, const struct bitmap_doubt *d, struct err *err)
-{
-  bool directory = d->bitmap == UINT32_MAX;
-
-  if (directory && k->c->bitmap_dir_damaged)
-    return 0;
-  if (!directory && (k->c->bitmap_dir_damaged || k->c->bitmaps.ptr[d->bitmap].damaged))
-    return 0;
-  if (directory) {
-    k->c->bitmap_dir_damaged = true;
-    k->c->bitmaps.len = 0;
-  }
-  else
-    k->c->bitmaps.ptr[d->bitmap].damaged = true;
-  return add_finding (k, (struct finding) {
-      .id = directory ? FINDING_BITMAPS_DAMAGED : FINDING_BITMAP_DAMAGED,
-      .snapshot_index = FINDING_ACTIVE, .host_off = d->table_host_off,
-      .guest_off = FINDING_NO_OFF, .index = directory ? 0 : d->bitmap, .found = d->found }, err);
-}
-
-static int
 settle_bitmap (struct checker *k, const struct bitmap_doubt *d, struct err *err)
 {
   struct owner bitmap = { .kind = OWNER_BITMAP, .snapshot_index = FINDING_ACTIVE,
@@ -450,6 +506,14 @@ compare_bitmap_doubts (const void *pa, const void *pb)
 }
 
 static int
+compare_ci (const void *pa, const void *pb)
+{
+  const struct bitmap_doubt *a = pa, *b = pb;
+
+  return a->ci < b->ci ? -1 : a->ci > b->ci;
+}
+
+static int
 settle_overlaps (struct checker *k, struct err *err)
 {
   int r = 0;
@@ -477,6 +541,8 @@ check_contests (struct checker *k, struct err *err)
   if (k->bitmap_doubts.len)
     qsort (k->bitmap_doubts.ptr, k->bitmap_doubts.len, sizeof *k->bitmap_doubts.ptr,
            compare_bitmap_doubts);
+  if (k->bitmap_data.len)
+    qsort (k->bitmap_data.ptr, k->bitmap_data.len, sizeof *k->bitmap_data.ptr, compare_ci);
   if (r == 0)
     drop_nonsense (k);
   if (r == 0)

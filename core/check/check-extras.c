@@ -25,6 +25,7 @@
 #define BITMAP_TABLE_ALL_ONES UINT64_C (1)      /* only without an offset */
 #define DIRECTORY UINT32_MAX
 #define PIECE_BYTES (UINT64_C (1) << 20)
+#define MAX_BITMAP_DATA 65536   /* clusters that are remembered: what 4 TiB need at most, with 64 KiB */
 
 struct bitmap {
   uint64_t table_host_off;
@@ -126,6 +127,19 @@ bitmap_claim (struct bitmaps *b, uint64_t off, uint64_t len, bool *conflict, str
                          NULL, err);
 }
 
+/* Should a guest's entry name that cluster too, it is asked whose it is (check-contests.c). */
+static int
+remember_data (struct bitmaps *b, size_t i, uint64_t off, uint64_t raw, struct err *err)
+{
+  struct bitmap_doubt d = { .ci = off >> b->k->g->cluster_bits, .n = 1, .bitmap = i, .found = raw,
+                            .table_host_off = b->list.ptr[i].table_host_off };
+  LOCK_SCOPE (&b->lock);
+
+  if (b->soft || b->k->bitmap_data.len >= MAX_BITMAP_DATA)
+    return 0;
+  return bitmap_doubt_vec_push (&b->k->bitmap_data, d) < 0 ? err_set (err, ENOMEM, "out of memory") : 0;
+}
+
 /* --- the directory */
 
 /* Can the fields of an entry, 24 bytes, be what they are?  (Section "Bitmap
@@ -223,6 +237,8 @@ check_bitmap_entry (struct bitmaps *b, size_t i, uint64_t raw, struct err *err)
       (off && !table_fits (b->k, off, b->k->g->cluster_size)))
     return bitmap_damaged (b, i, raw, err);
   r = off ? bitmap_claim (b, off, b->k->g->cluster_size, &conflict, err) : 0;
+  if (r == 0 && off)
+    r = remember_data (b, i, off, raw, err);
   return r == 0 && conflict ? bitmap_overlaps (b, i, off, 1, raw, err) : r;
 }
 

@@ -234,6 +234,7 @@ checker_reset (struct checker *k)
   vec_reset (&k->l2_doubts);
   vec_reset (&k->overlaps);
   vec_reset (&k->bitmap_doubts);
+  vec_reset (&k->bitmap_data);
   vec_reset (&k->rt_doubts);
   pthread_mutex_destroy (&k->bad_lock);
 }

@@ -17,7 +17,8 @@ off += 8
 print("ext=%d" % off)
 entry = struct.unpack_from(">Q", b, off + 16)[0]
 for i in range(3):
-    print("entry_%d=%d" % (i, entry))
+    table, = struct.unpack_from(">Q", b, entry)
+    print("entry_%d=%d table_%d=%d data_%d=%d" % (i, entry, i, table, i, *struct.unpack_from(">Q", b, table)))
     name, extra = struct.unpack_from(">HI", b, entry + 18)
     entry = (entry + 24 + name + extra + 7) // 8 * 8
 P
@@ -51,4 +52,26 @@ keeps "the middle" "alpha gamma" X02  write "$entry_1" 0000000000000003
 keeps "the last" "alpha beta" X02  write "$entry_2" 0000010000000000
 keeps "the directory is nowhere" "" X01  write $((ext + 16)) 0000010000000000
 keeps "the directory does not add up" "" X01  write $((ext + 8)) 0000000000000028
+# A bitmap's table and the guest's mapping name one cluster.  The guest's entry is believed if it is
+# in line with the next one, and then nothing of the disk is lost.
+ok "the bitmap has data" [ "$data_0" -gt 0 ]
+keeps "a bitmap on the guest's data" "beta gamma" X02 \
+  write "$table_0" "$(printf %016x $(($(patch sound.qcow2 host 5) * 65536)))"
+is "a bitmap on the guest's data: nothing is lost" "$(jq -r '.lost["active-bytes"] // 0' report.json)" 0
+
+cp sound.qcow2 d.qcow2
+patch d.qcow2 l2 5 $((data_0 | 1 << 63))
+name="the guest's entry on a bitmap"
+rm -f d.overlay report.json
+ok "$name: heals and serves" serve d.qcow2 repair=all overlay=d.overlay report=report.json --run "$copy_out"
+ok "$name: the report names T14" report_has T14
+is "$name: its range is lost" "$(jq -c '[.lost.ranges[] | ."guest-offset", ."guest-length"]' report.json)" "[327680,65536]"
+truncate -s 8M zeros
+ok "$name: the rest is right" eval 'cmp -n 327680 out.raw sound.raw && cmp -i 393216 out.raw sound.raw'
+ok "$name: the range is zeros" cmp -n 65536 -i 327680 out.raw zeros
+healed_file d.overlay healed.qcow2
+ok "$name: QEMU finds it clean" img_check_clean -f qcow2 healed.qcow2
+is "$name: the bitmaps stay" "$(qemu-img info -f qcow2 --output=json healed.qcow2 |
+  jq -r '[."format-specific".data.bitmaps[]?.name] | join(" ")')" "alpha beta gamma"
+
 done_testing
