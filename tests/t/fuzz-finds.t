@@ -5,6 +5,7 @@
 
 replay=$BUILD/tests/fuzz/replay
 finds=$tests_dir/fuzz/finds
+make -s -C "$tests_dir/.." BUILD="$BUILD" "$replay" >make.log 2>&1 || skip_all "it cannot be built: $(tail -n 1 make.log)"
 
 # Without its data file, QEMU opens the last one for nothing.
 truncate -s 96K data
