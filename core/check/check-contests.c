@@ -215,32 +215,31 @@ lose_bitmap (struct checker *k, const struct bitmap_doubt *d, struct err *err)
       .guest_off = FINDING_NO_OFF, .index = directory ? 0 : d->bitmap, .found = d->found }, err);
 }
 
+static int
+compare_ci (const void *pa, const void *pb)
+{
+  const struct bitmap_doubt *a = pa, *b = pb;
+
+  return a->ci < b->ci ? -1 : a->ci > b->ci;
+}
+
 static const struct bitmap_doubt *
 bitmap_data_at (const struct checker *k, uint64_t ci)
 {
   const struct bitmap_doubt_vec *v = &k->bitmap_data;
-  size_t lo = 0, hi = v->len;
+  struct bitmap_doubt key = { .ci = ci };
 
-  while (lo < hi) {
-    size_t mid = lo + (hi - lo) / 2;
-
-    if (v->ptr[mid].ci < ci)
-      lo = mid + 1;
-    else
-      hi = mid;
-  }
-  return lo < v->len && v->ptr[lo].ci == ci ? &v->ptr[lo] : NULL;
+  return v->len ? bsearch (&key, v->ptr, v->len, sizeof key, compare_ci) : NULL;
 }
 
 /* Does entry i of t name cluster ci, and nothing but guests' entries? */
 static bool
 names_data (const struct checker *k, const struct l2_table *t, uint64_t i, uint64_t ci)
 {
-  uint64_t step = k->g->extended_l2 ? 16 : 8;
   uint8_t entry[8];
 
-  if (i >= k->g->cluster_size / step || ci == 0 || ownermap_get (k->meta, ci) > 0
-      || bdev_pread_padded (k->d, entry, sizeof entry, t->host_off + i * step, NULL) < 0)
+  if (i >= k->g->l2_entries || ci == 0 || ownermap_get (k->meta, ci) > 0
+      || bdev_pread_padded (k->d, entry, sizeof entry, t->host_off + i * k->g->l2e_size, NULL) < 0)
     return false;
   return (load_be64 (entry) & (L2E_COMPRESSED | L2E_OFF_MASK)) == ci << k->g->cluster_bits;
 }
@@ -502,14 +501,6 @@ compare_bitmap_doubts (const void *pa, const void *pb)
 
   if (a->bitmap != b->bitmap)   /* the directory first */
     return a->bitmap + 1 < b->bitmap + 1 ? -1 : 1;
-  return a->ci < b->ci ? -1 : a->ci > b->ci;
-}
-
-static int
-compare_ci (const void *pa, const void *pb)
-{
-  const struct bitmap_doubt *a = pa, *b = pb;
-
   return a->ci < b->ci ? -1 : a->ci > b->ci;
 }
 

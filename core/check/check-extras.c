@@ -25,7 +25,10 @@
 #define BITMAP_TABLE_ALL_ONES UINT64_C (1)      /* only without an offset */
 #define DIRECTORY UINT32_MAX
 #define PIECE_BYTES (UINT64_C (1) << 20)
-#define MAX_BITMAP_DATA 65536   /* clusters that are remembered: what 4 TiB need at most, with 64 KiB */
+/* LIMIT: no more clusters are remembered (a bit for each 512 bytes of 16 TiB, in clusters of 64 KiB);
+ * the others keep what they have, whoever else names them.
+ */
+#define MAX_BITMAP_DATA 65536
 
 struct bitmap {
   uint64_t table_host_off;

@@ -98,7 +98,7 @@ struct checker {
   struct l2_doubt_vec l2_doubts;
   struct overlap_vec overlaps;
   struct bitmap_doubt_vec bitmap_doubts;
-  struct bitmap_doubt_vec bitmap_data;  /* one for each cluster that a bitmap's table names, of so many */
+  struct bitmap_doubt_vec bitmap_data;  /* clusters that the bitmaps' tables name, each once a name */
   struct rt_doubt_vec rt_doubts;        /* sorted by ci */
   uint64_t snaptab_len;         /* bytes of the snapshot table that were claimed */
   uint64_t crypto_off, crypto_len;      /* the encryption header, if it is where it can be */

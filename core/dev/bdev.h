@@ -159,7 +159,7 @@ int bdev_resize (struct bdev *d, uint64_t size, struct err *err);
  * lies on may be made as much as ahead bytes longer, so that the next calls find it long
  * enough.  Nothing of that shows in bdev_size, and it still reads as zeros when size gets
  * there.  Closing the device takes it back if it can; a crash leaves it, as a hole at the
- * end.  Errors as above.
+ * end.  Those who grow one device take turns.  Errors as above.
  */
 int bdev_grow (struct bdev *d, uint64_t size, uint64_t ahead, struct err *err);
 

@@ -13,7 +13,8 @@
  * A file that grows for bdev_grow is made longer than its device: from d.size to
  * length there is nothing but a hole, since nobody writes past d.size.  Closing the
  * device cuts it off.  To whoever looks on without a lock (FILE_NO_LOCK) the file then
- * becomes shorter: bytes that are gone read as zeros, which they were.
+ * becomes shorter: bytes that are gone read as zeros, which they were.  Others may have cut off
+ * more than that, so he is told.
  *
  * What a file system or disk cannot do (punch holes, write zeros by itself,
  * discard) is found out by trying and remembered for each device.
@@ -52,6 +53,7 @@ struct file {
   int lock_fd;                  /* holds the locks; may be the same */
   bool locked;                  /* not FILE_NO_LOCK */
   bool is_block;
+  atomic_bool told_shorter;     /* without a lock: the file ends before d.size */
   unsigned sector;              /* block device: bytes of a logical sector; else 1 */
   /* What was found to be unsupported. */
   atomic_bool no_punch, no_zero_range, no_discard, no_seek;
@@ -74,6 +76,17 @@ io_error (struct file *f, int errnum, const char *what, uint64_t len, uint64_t o
 }
 
 static int
+read_gone (struct file *f, void *buf, size_t len, uint64_t off)
+{
+  if (!atomic_exchange (&f->told_shorter, true))
+    log_notice ("%s: it has become shorter since it was opened: it had %llu bytes and ends at byte %llu or "
+                "before.  What is gone reads as zeros", f->d.name,
+                (unsigned long long) bdev_size (&f->d), (unsigned long long) off);
+  memset (buf, 0, len);
+  return 0;
+}
+
+static int
 file_pread (struct bdev *d, void *buf, size_t len, uint64_t off, struct err *err)
 {
   struct file *f = (struct file *) d;
@@ -86,10 +99,8 @@ file_pread (struct bdev *d, void *buf, size_t len, uint64_t off, struct err *err
       continue;
     if (n < 0)
       return io_error (f, errno, "read", len, off, err);
-    if (n == 0 && !f->locked) {
-      memset (p, 0, len);
-      return 0;
-    }
+    if (n == 0 && !f->locked)
+      return read_gone (f, p, len, off);
     if (n == 0)
       return err_set (err, EIO, "%s: the file ends at byte %llu, it was %llu bytes long "
                       "when it was opened", d->name, (unsigned long long) off,
@@ -307,8 +318,8 @@ file_resize (struct bdev *d, uint64_t size, uint64_t ahead, struct err *err)
   if (r < 0) {
     atomic_store (&d->size, old);
     /* A file that must not be longer is as full as a disk. */
-    return err_set (err, r == -EFBIG ? ENOSPC : -r, "%s: cannot resize from %llu to %llu bytes: %s", d->name,
-                    (unsigned long long) old, (unsigned long long) size, strerror (-r));
+    return err_set (err, r == -EFBIG ? ENOSPC : -r, "%s: cannot resize from %llu to %llu bytes: %s",
+                    d->name, (unsigned long long) old, (unsigned long long) size, strerror (-r));
   }
   atomic_store (&d->size, size);
   return 0;

@@ -7,7 +7,9 @@ io sound.qcow2 'write -P 1 0 1M'
 for b in alpha beta gamma; do qemu-img bitmap --add sound.qcow2 $b; done
 io sound.qcow2 'write -P 2 512k 1M'
 guest_raw sound.qcow2 sound.raw
-eval "$(python3 - sound.qcow2 <<'P'
+places ()      # IMAGE: where the bitmaps' directory entries, tables and first data are
+{
+  python3 - "$1" <<'P'
 import struct, sys
 b = open(sys.argv[1], "rb").read()
 off = struct.unpack_from(">I", b, 100)[0]
@@ -16,13 +18,14 @@ while struct.unpack_from(">I", b, off)[0] != 0x23852875:
 off += 8
 print("ext=%d" % off)
 entry = struct.unpack_from(">Q", b, off + 16)[0]
-for i in range(3):
+for i in range(struct.unpack_from(">I", b, off)[0]):
     table, = struct.unpack_from(">Q", b, entry)
     print("entry_%d=%d table_%d=%d data_%d=%d" % (i, entry, i, table, i, *struct.unpack_from(">Q", b, table)))
     name, extra = struct.unpack_from(">HI", b, entry + 18)
     entry = (entry + 24 + name + extra + 7) // 8 * 8
 P
-)"
+}
+eval "$(places sound.qcow2)"
 
 # keeps NAME "BITMAPS" CODE COMMAND...
 keeps ()
@@ -73,5 +76,16 @@ healed_file d.overlay healed.qcow2
 ok "$name: QEMU finds it clean" img_check_clean -f qcow2 healed.qcow2
 is "$name: the bitmaps stay" "$(qemu-img info -f qcow2 --output=json healed.qcow2 |
   jq -r '[."format-specific".data.bitmaps[]?.name] | join(" ")')" "alpha beta gamma"
+
+# Nothing is in line with the guest's entry, but the bitmap is lost for another entry.
+make_image sound.qcow2 8M -o cluster_size=512
+io sound.qcow2 'write -P 3 1M 512'
+qemu-img bitmap --add -g 512 sound.qcow2 alpha
+io sound.qcow2 'write -P 4 6M 512'
+guest_raw sound.qcow2 sound.raw
+eval "$(places sound.qcow2)"
+keeps "a lost bitmap on the guest's data" "" X02 \
+  write "$table_0" "0000000000000003$(printf %016x $(($(patch sound.qcow2 host 2048) * 512)))"
+is "a lost bitmap on the guest's data: nothing is lost" "$(jq -r '.lost["active-bytes"] // 0' report.json)" 0
 
 done_testing
