@@ -152,7 +152,8 @@ answers ()
   [ "$got" = "$wanted" ] || { echo "got: $got"; echo "wanted: $wanted"; return 1; }
 }
 
-# within SECONDS COMMAND...: it succeeds, and in time.
+# within SECONDS COMMAND...: it succeeds, and in time.  Between what it takes on a busy machine and the
+# time that something wrong would take.
 within ()
 {
   local limit=$1 begin=$SECONDS

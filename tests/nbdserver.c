@@ -307,6 +307,14 @@ note_locked (struct nbdserver *s, const struct nbdserver_request *req)
 }
 
 static void
+note_goodbye (struct nbdserver *s)
+{
+  LOCK_SCOPE (&s->lock);
+  s->counts[SRV_DISC]++;
+  pthread_cond_broadcast (&s->cond);
+}
+
+static void
 handle (struct conn *c, const struct nbdserver_request *req, const uint8_t cookie[8],
         const uint8_t *data)
 {
@@ -364,6 +372,8 @@ serve_requests (struct conn *c)
 
     if (req.kind == SRV_WRITE && (req.len > MAX_DATA || !receive (c->fd, data, req.len)))
       return;
+    if (req.kind == SRV_DISC)
+      note_goodbye (c->s);
     if (req.kind == SRV_DISC || req.kind >= SRV_KINDS)
       return;
     handle (c, &req, b + 8, req.kind == SRV_WRITE ? data : NULL);
@@ -531,7 +541,7 @@ await_locked (struct nbdserver *s, const unsigned *number, unsigned nr)
   int r = 0;
 
   clock_gettime (CLOCK_MONOTONIC, &until);
-  until.tv_sec += 20;
+  until.tv_sec += 100;
   while (r == 0 && *number < nr)
     r = pthread_cond_timedwait (&s->cond, &s->lock, &until);
   return *number >= nr;

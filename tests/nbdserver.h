@@ -1,7 +1,8 @@
 /* An NBD server inside a test, which does what the test says, request by request.
  *
  * Newstyle fixed handshake; simple replies, or structured ones with base:allocation.  A thread for
- * each connection; the disk is a buffer of the test's.  Reads and writes that arrive are listed.
+ * each connection; the disk is a buffer of the test's.  What arrives is listed, but for goodbyes, which are
+ * counted.
  */
 #ifndef QR_TESTS_NBDSERVER_H
 #define QR_TESTS_NBDSERVER_H
@@ -64,7 +65,7 @@ void nbdserver_decide (struct nbdserver *s,
 /* Answer what is held. */
 void nbdserver_release (struct nbdserver *s);
 
-/* Wait until so many requests of the kind have come, in all, or are held; 20 seconds at most. */
+/* Wait until so many requests of the kind have come, in all, or are held; 100 seconds at most. */
 bool nbdserver_await (struct nbdserver *s, unsigned kind, unsigned nr);
 bool nbdserver_await_held (struct nbdserver *s, unsigned nr);
 

@@ -4,7 +4,6 @@
 . "$tests_dir/far.sh"
 require_uri
 
-SERVE_TIMEOUT=40
 export XDG_STATE_HOME=$tmp/state
 # Clusters of 512 bytes: tables lie and end at odd places.
 make_far_image a.qcow2 -o cluster_size=512

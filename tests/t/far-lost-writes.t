@@ -5,7 +5,6 @@
 . "$tests_dir/far.sh"
 require_uri
 
-SERVE_TIMEOUT=40
 export XDG_STATE_HOME=$tmp/state
 make_image base.qcow2 16M
 io base.qcow2 'write -P 1 0 4M'

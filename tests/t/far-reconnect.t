@@ -5,7 +5,6 @@
 . "$tests_dir/far.sh"
 require_uri
 
-SERVE_TIMEOUT=40
 make_far_image a.qcow2 -o cluster_size=4k
 far_qemu a.qcow2 || exit 1
 proxy_start || exit 1

@@ -371,7 +371,7 @@ other_types_are_refused_at_once (void **state)
   struct bdev *d;
   int s;
 
-  alarm (20);                   /* rather than hang */
+  alarm (300);                  /* rather than hang */
   assert_int_equal (mkfifo (path, 0600), 0);
   assert_int_equal (file_open (path, 0, &d, &err), -EINVAL);
   assert_non_null (strstr (err.msg, "FIFO"));

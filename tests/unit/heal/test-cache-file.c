@@ -667,6 +667,6 @@ main (void)
     cmocka_unit_test (read_only),
   };
 
-  alarm (120);                 /* whoever waits for ever has failed */
+  alarm (400);                 /* whoever waits for ever has failed */
   return cmocka_run_group_tests (tests, NULL, NULL);
 }

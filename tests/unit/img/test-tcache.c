@@ -136,7 +136,7 @@ make_disk (void)
   return file;
 }
 
-/* Until they no longer get on, or have gone too far. */
+/* Until they no longer get on, though they did, or have gone too far. */
 static uint64_t
 wait_until_they_wait (struct reader *r, unsigned n)
 {
@@ -148,7 +148,7 @@ wait_until_they_wait (struct reader *r, unsigned n)
     before = now;
     nanosleep (&ts, NULL);
     now = reads_of (r, n);
-  } while (now > before && now < TOO_MANY);
+  } while (now == 0 || (now > before && now < TOO_MANY));
   return now;
 }
 
