@@ -227,12 +227,12 @@ stop_qemu_nbd (void)
     return;
   /* It is not our child, so that there is nothing to wait for but this. */
   p.fd = syscall (SYS_pidfd_open, nbd_pid, 0);
-  kill (nbd_pid, SIGTERM);
+  assert_true (p.fd >= 0);
+  do                            /* it forgets a signal that comes just before it serves */
+    kill (nbd_pid, SIGTERM);
+  while (poll (&p, 1, 1000) == 0);
   nbd_pid = 0;
-  if (p.fd >= 0) {
-    poll (&p, 1, 20000);
-    close (p.fd);
-  }
+  close (p.fd);
 }
 
 static void

@@ -215,6 +215,7 @@ several (void **state)
 struct reader {
   const struct disk *k;
   uint64_t from;
+  pthread_barrier_t *together;
 };
 
 static void *
@@ -222,8 +223,12 @@ read_on (void *opaque)
 {
   struct reader *r = opaque;
 
-  for (unsigned i = 0; i < 300; ++i)
+  for (unsigned i = 0; i < 300; ++i) {
+    /* Who falls far behind the others is right to have it announced again: goes_on_later. */
+    if (i % 16 == 0)
+      pthread_barrier_wait (r->together);
     read_at (r->k, r->from + i * 65536, 65536);
+  }
   return NULL;
 }
 
@@ -232,15 +237,18 @@ threads (void **state)
 {
   struct disk k = new_disk (SIZE);
   struct reader readers[8];
+  pthread_barrier_t together;
   struct recorded_vec v;
   pthread_t ids[8];
 
+  assert_int_equal (pthread_barrier_init (&together, NULL, 8), 0);
   for (unsigned i = 0; i < 8; ++i) {
-    readers[i] = (struct reader) { &k, i * FAR_APART };
+    readers[i] = (struct reader) { &k, i * FAR_APART, &together };
     pthread_create (&ids[i], NULL, read_on, &readers[i]);
   }
   for (unsigned i = 0; i < 8; ++i)
     pthread_join (ids[i], NULL);
+  pthread_barrier_destroy (&together);
   v = recorder_take (k.under);
   for (unsigned i = 0; i < 8; ++i) {
     struct fate f = fate_of (&v, i * FAR_APART, (i + 1) * FAR_APART);
