@@ -178,14 +178,16 @@ open_behind_if (struct stack *s, const struct stack_options *opts, bool mended, 
 }
 
 /* inplace=true: the overlay is a journal.  It is made where there is something to
- * repair, and written into the image once it is whole and sound.
+ * repair, and written into the image once it is whole and sound.  Leaks alone are no
+ * reason, but for those that make QEMU call the image corrupt.
  */
 static int
 heal_in_place (struct stack *s, const struct stack_options *opts, struct err *err)
 {
   struct progress *progress = opts->progress;
   struct layer *top = &s->top;
-  bool sound = check_sound (top->before);
+  bool sound = check_sound (top->before)
+               && !(top->before->copied_ahead && heal_needed (top->before, s->repair));
   int r = 0;
 
   if (sound && !s->overlay_reused && !s->inplace.resumed) {

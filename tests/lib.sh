@@ -307,11 +307,16 @@ qemu_serves ()
   started_pids+=("$qemu_pid")
 }
 
-# Its parent is init, which may take its time to notice: a zombie has gone, too.
+# Its parent is init, which may take its time to notice: a zombie has gone, too.  A SIGTERM that comes
+# just before qemu-nbd 7.2 serves is forgotten.
 qemu_stops ()
 {
-  kill "$qemu_pid"
-  while kill -0 "$qemu_pid" 2>/dev/null && ! grep -q '^State:.*Z' "/proc/$qemu_pid/status"; do sleep 0.01; done 2>/dev/null
+  local n=0
+
+  while kill -0 "$qemu_pid" && ! grep -q '^State:.*Z' "/proc/$qemu_pid/status"; do
+    [ $((n++ % 100)) -ne 0 ] || kill "$qemu_pid"
+    sleep 0.01
+  done 2>/dev/null
 }
 
 # --- damage

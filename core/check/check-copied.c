@@ -79,8 +79,8 @@ check_l1 (struct checker *k, struct err *err)
     if (raw == 0 || !table_fits (k, host_off, k->g->cluster_size))
       continue;
     right = check_copied (k->c, host_off >> k->g->cluster_bits);
-    if (!copied && right && too_high (k->c, host_off >> k->g->cluster_bits)) {
-      atomic_store (&k->copied_follows, true);
+    if (right && too_high (k->c, host_off >> k->g->cluster_bits)) {
+      atomic_store (copied ? &k->copied_ahead : &k->copied_follows, true);
       continue;
     }
     if (copied != right) {
@@ -212,7 +212,8 @@ note_run (struct flag_walk *w, uint64_t i, uint64_t n, uint64_t ci, uint64_t raw
 static int
 check_flags (struct flag_walk *w, uint64_t i, uint64_t n, uint64_t ci, uint64_t raw)
 {
-  const struct check *c = w->cp->k->c;
+  struct checker *k = w->cp->k;
+  const struct check *c = k->c;
   uint64_t end = ci + n, first_ci = ci, base, stop;
   bool copied = raw & ENTRY_COPIED;
   int r = 0;
@@ -227,8 +228,9 @@ check_flags (struct flag_walk *w, uint64_t i, uint64_t n, uint64_t ci, uint64_t 
     high = c->excess ? ownermap_word (c->excess, base) : 0;
     high = (high | high >> 1) & LOW_BITS;
     wrong = (copied ? ~one : one & ~high) & mask;
-    if (!copied && (one & high & mask))
-      atomic_store_explicit (&w->cp->k->copied_follows, true, memory_order_relaxed);
+    if (one & high & mask)
+      atomic_store_explicit (copied ? &k->copied_ahead : &k->copied_follows, true,
+                             memory_order_relaxed);
     for (; wrong && r == 0; wrong &= wrong - 1) {
       uint64_t j = base + __builtin_ctzll (wrong) / 2 - first_ci;
 
@@ -471,12 +473,16 @@ check_l2_flags (struct checker *k, struct err *err)
 int
 check_copied_flags (struct checker *k, struct err *err)
 {
-  bool needed = atomic_load (&k->look_at_copied) || ownermap_any_shared (k->c->owners) ||
-                (k->c->kept && ownermap_end (k->c->kept) > 0);
+  const struct check *c = k->c;
+  /* EXCESS_REFERENCED is more than one. */
+  bool needed = atomic_load (&k->look_at_copied) || ownermap_any_shared (c->owners) ||
+                (c->kept && ownermap_end (c->kept) > 0) ||
+                (c->excess && ownermap_any_shared (c->excess));
   int r = check_l1 (k, err);
 
   if (r == 0 && needed)
     r = check_l2_flags (k, err);
   k->c->copied_follows = atomic_load (&k->copied_follows);
+  k->c->copied_ahead = atomic_load (&k->copied_ahead);
   return r;
 }

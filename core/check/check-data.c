@@ -290,7 +290,7 @@ check_compressed (struct walk *w, uint64_t i, uint64_t raw, uint64_t bitmap,
   w->compressed++;
   w->fragmented++;              /* by nature, says qemu-img */
   w->allocated++;
-  if (e->copied && w->t->active_weight)
+  if (e->copied)
     r = entry_finding (w, FINDING_L2_COPIED_WRONG, i, 1, raw, 0);
   if (r < 0)
     return r;

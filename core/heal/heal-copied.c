@@ -6,6 +6,9 @@
  * not pull 2 MiB into the overlay.  Entries that the check found wrong (misaligned,
  * outside the file, ...) are not touched here, and no flags at all where tables
  * lie on guest data or on each other: until that is mended, nobody may write.
+ *
+ * In tables of snapshots the flag means nothing until a snapshot is loaded, but no
+ * compressed cluster may ever have it.
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -16,6 +19,8 @@
 #include "heal/heal-int.h"
 
 #define SLICE 4096
+
+enum kind { L1, L2, L2_OF_SNAPSHOT };
 
 static bool
 is_cluster_inside (const struct heal *h, uint64_t host_off)
@@ -48,11 +53,13 @@ right_l2_entry (const struct heal *h, uint64_t raw, uint64_t bitmap)
 
 /* What the entry at p should be. */
 static uint64_t
-right_entry (const struct heal *h, const uint8_t *p, bool l2)
+right_entry (const struct heal *h, const uint8_t *p, enum kind kind)
 {
   uint64_t raw = load_be64 (p);
 
-  if (l2)
+  if (kind == L2_OF_SNAPSHOT)
+    return raw & L2E_COMPRESSED ? raw & ~ENTRY_COPIED : raw;
+  if (kind == L2)
     return right_l2_entry (h, raw, h->g.extended_l2 ? load_be64 (p + 8) : 0);
   return is_cluster_inside (h, raw & L1E_OFF_MASK) ? with_right_flag (h, raw, raw & L1E_OFF_MASK)
                                                    : raw;
@@ -60,14 +67,14 @@ right_entry (const struct heal *h, const uint8_t *p, bool l2)
 
 /* buf holds len bytes of a table of entries that lie at host_off. */
 static int
-fix_slice (struct heal *h, uint8_t *buf, uint64_t len, uint64_t host_off, bool l2,
+fix_slice (struct heal *h, uint8_t *buf, uint64_t len, uint64_t host_off, enum kind kind,
            struct err *err)
 {
-  unsigned step = l2 ? h->g.l2e_size : 8;
+  unsigned step = kind == L1 ? 8 : h->g.l2e_size;
   uint64_t fixed = 0;
 
   for (uint64_t i = 0; i < len; i += step) {
-    uint64_t right = right_entry (h, buf + i, l2);
+    uint64_t right = right_entry (h, buf + i, kind);
 
     if (right != load_be64 (buf + i)) {
       store_be64 (buf + i, right);
@@ -83,13 +90,13 @@ fix_slice (struct heal *h, uint8_t *buf, uint64_t len, uint64_t host_off, bool l
 }
 
 static int
-fix_table (struct heal *h, uint8_t *table, uint64_t len, uint64_t host_off, bool l2,
+fix_table (struct heal *h, uint8_t *table, uint64_t len, uint64_t host_off, enum kind kind,
            struct err *err)
 {
   int r = 0;
 
   for (uint64_t i = 0; r == 0 && i < len; i += SLICE)
-    r = fix_slice (h, table + i, MIN (SLICE, len - i), host_off + i, l2, err);
+    r = fix_slice (h, table + i, MIN (SLICE, len - i), host_off + i, kind, err);
   return r;
 }
 
@@ -98,13 +105,13 @@ fix_table (struct heal *h, uint8_t *table, uint64_t len, uint64_t host_off, bool
 /* Announce the slices that fix_table is going to write. */
 static void
 announce_table (const struct heal *h, const uint8_t *table, uint64_t len, uint64_t host_off,
-                bool l2)
+                enum kind kind)
 {
-  unsigned step = l2 ? h->g.l2e_size : 8;
+  unsigned step = kind == L1 ? 8 : h->g.l2e_size;
   uint64_t next = 0;            /* what lies before it is announced */
 
   for (uint64_t i = 0; i < len; i += step)
-    if (host_off + i >= next && right_entry (h, table + i, l2) != load_be64 (table + i)) {
+    if (host_off + i >= next && right_entry (h, table + i, kind) != load_be64 (table + i)) {
       heal_announce_write (h, host_off + i, step);
       next = ROUND_DOWN (host_off + i, COPY_GRAIN) + COPY_GRAIN;
     }
@@ -113,6 +120,7 @@ announce_table (const struct heal *h, const uint8_t *table, uint64_t len, uint64
 struct tables {
   struct heal *h;
   const uint8_t *l1;
+  enum kind kind;
 };
 
 static bool
@@ -133,7 +141,7 @@ scout_table (void *opaque, uint64_t i)
   uint64_t host_off = load_be64 (t->l1 + i * 8) & L1E_OFF_MASK;
 
   if (bdev_pread_padded (h->d, h->buf, h->g.cluster_size, host_off, NULL) == 0)
-    announce_table (h, h->buf, h->g.cluster_size, host_off, true);
+    announce_table (h, h->buf, h->g.cluster_size, host_off, t->kind);
 }
 
 /* Does some table lie where guest data or other metadata lies too?  Then a flag
@@ -149,9 +157,10 @@ tables_are_doubtful (const struct check *c)
 }
 
 static int
-fix_l2_tables (struct heal *h, const uint8_t *l1, uint64_t l1_entries, struct err *err)
+fix_l2_tables (struct heal *h, const uint8_t *l1, uint64_t l1_entries, enum kind kind,
+               struct err *err)
 {
-  struct tables t = { h, l1 };
+  struct tables t = { h, l1, kind };
   struct ahead ahead;
   int r = 0;
 
@@ -170,33 +179,58 @@ fix_l2_tables (struct heal *h, const uint8_t *l1, uint64_t l1_entries, struct er
       r = 0;                    /* the check reported it; its flags stay as they are */
       continue;
     }
-    r = fix_table (h, h->buf, h->g.cluster_size, l2_host_off, true, err);
+    r = fix_table (h, h->buf, h->g.cluster_size, l2_host_off, kind, err);
   }
   return r;
+}
+
+static int
+fix_active (struct heal *h, struct err *err)
+{
+  uint64_t host_off = h->c->header.l1_host_off, entries = h->c->l1_entries_followed;
+  CLEANUP_FREE uint8_t *l1 = malloc (entries * 8);
+  int r;
+
+  if (!l1)
+    return err_set (err, ENOMEM, "out of memory");
+  r = bdev_pread_padded (h->d, l1, entries * 8, host_off, err);
+  if (r == 0)
+    r = fix_l2_tables (h, l1, entries, L2, err);
+  if (r == 0 && h->d->far)
+    announce_table (h, l1, entries * 8, host_off, L1);
+  if (r == 0)
+    r = fix_table (h, l1, entries * 8, host_off, L1, err);
+  return r;
+}
+
+static int
+fix_snapshot (struct heal *h, const struct snapshot *s, struct err *err)
+{
+  CLEANUP_FREE uint8_t *l1 = NULL;
+
+  if (s->unusable || s->l1_entries == 0)
+    return 0;
+  l1 = malloc ((uint64_t) s->l1_entries * 8);
+  if (!l1)
+    return err_set (err, ENOMEM, "out of memory");
+  if (bdev_pread_padded (h->d, l1, (uint64_t) s->l1_entries * 8, s->l1_host_off, NULL) < 0)
+    return 0;                   /* as for L2 tables */
+  return fix_l2_tables (h, l1, s->l1_entries, L2_OF_SNAPSHOT, err);
 }
 
 int
 heal_copied_flags (struct heal *h, struct err *err)
 {
-  const struct header *header = &h->c->header;
-  uint64_t l1_entries = h->c->l1_entries_followed, l1_bytes = l1_entries * 8;
-  CLEANUP_FREE uint8_t *l1 = NULL;
+  const struct check *c = h->c;
+  bool l2_wrong = findings_has (&c->findings, FINDING_L2_COPIED_WRONG);
   int r;
 
-  if (!h->c->copied_follows && !findings_has (&h->c->findings, FINDING_L1_COPIED_WRONG)
-      && !findings_has (&h->c->findings, FINDING_L2_COPIED_WRONG))
+  if (!c->copied_follows && !findings_has (&c->findings, FINDING_L1_COPIED_WRONG) && !l2_wrong)
     return 0;
-  if (tables_are_doubtful (h->c))
+  if (tables_are_doubtful (c))
     return 0;
-  l1 = malloc (l1_bytes);
-  if (!l1)
-    return err_set (err, ENOMEM, "out of memory");
-  r = bdev_pread_padded (h->d, l1, l1_bytes, header->l1_host_off, err);
-  if (r == 0)
-    r = fix_l2_tables (h, l1, l1_entries, err);
-  if (r == 0 && h->d->far)
-    announce_table (h, l1, l1_bytes, header->l1_host_off, false);
-  if (r == 0)
-    r = fix_table (h, l1, l1_bytes, header->l1_host_off, false, err);
+  r = fix_active (h, err);
+  for (size_t i = 0; r == 0 && l2_wrong && i < c->snapshots.len; ++i)
+    r = fix_snapshot (h, &c->snapshots.ptr[i], err);
   return r;
 }

@@ -43,7 +43,9 @@ int heal_values (struct heal *h, enum heal_direction direction, struct err *err)
 
 /* heal-copied.c */
 
-/* Make the COPIED flags of the active L1 and L2 tables agree with the references. */
+/* Make the COPIED flags of the active L1 and L2 tables agree with the references, and clear those of compressed
+ * clusters in all of them.
+ */
 int heal_copied_flags (struct heal *h, struct err *err);
 
 /* --- level all: heal-all.c has the order.  Each of these mends what the check h->c

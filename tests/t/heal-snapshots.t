@@ -39,4 +39,24 @@ for options in cluster_size=4k cluster_size=64k,refcount_bits=8 compat=0.10; do
   done
 done
 
+# Compressed clusters never have the COPIED flag, not even in a table that only a snapshot has.
+qemu-img create -q -f raw zeros.raw 1M
+yes | head -c 1M >some.raw
+for options in cluster_size=64k cluster_size=64k,extended_l2=on; do
+  qemu-img convert -q -c -O qcow2 -o $options some.raw d.qcow2
+  table=$(($(patch d.qcow2 l1 0) & ~(1 << 63)))
+  entry=$(patch d.qcow2 l2 3)
+  step=8
+  [ $options = cluster_size=64k ] || step=16
+  qemu-img snapshot -c before d.qcow2
+  io d.qcow2 'write -P 9 0 1M'
+  guest_raw d.qcow2 base.raw
+  patch d.qcow2 write $((table + 3 * step)) "$(printf %x $((entry | 1 << 63)))"
+  is "$options, a compressed cluster of a snapshot: QEMU finds one corruption" \
+    "$(qemu-img check --output=json d.qcow2 2>/dev/null | jq .corruptions)" 1
+  heals_ok "$options, a compressed cluster of a snapshot" d.qcow2 base.raw T22
+  ok "$options, a compressed cluster of a snapshot: its bytes" \
+    eval 'snapshot_raw before && cmp n.before.raw some.raw'
+done
+
 done_testing

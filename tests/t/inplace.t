@@ -145,6 +145,29 @@ ok "orphans: kept ($leaks of $orphans clusters)" test "$leaks" -gt 100
 ok "orphans: freed when told so" serve a.qcow2 inplace=true discard-orphans=true
 ok "orphans: then it is clean" img_check_clean -f qcow2 a.qcow2
 
+# So are leaks left alone, but for refcounts by which QEMU calls entries wrong that say they are the only ones.
+make_image used.qcow2 8M
+io used.qcow2 'write -P 3 0 1M'
+guest_raw used.qcow2 used.raw
+cp used.qcow2 a.qcow2
+truncate -s +256k a.qcow2
+patch a.qcow2 leak 4
+before=$(sha256 a.qcow2)
+ok "leaks: served" serve a.qcow2 inplace=true
+is "leaks: left alone" "$(sha256 a.qcow2)" "$before"
+for damage in "all-refcounts 5" "refcount $(patch used.qcow2 host 3) 2"; do
+  cp used.qcow2 a.qcow2
+  # shellcheck disable=SC2086
+  patch a.qcow2 $damage
+  is "${damage%% *} too high: QEMU finds corruptions" \
+    "$(qemu-img check --output=json a.qcow2 2>/dev/null | jq '.corruptions > 0')" true
+  in_place "${damage%% *} too high" used.raw
+done
+patch a.qcow2 refcount "$(patch a.qcow2 host 3)" 2
+before=$(sha256 a.qcow2)
+ok "too high, repair=off: served" serve a.qcow2 inplace=true repair=off
+is "too high, repair=off: left alone" "$(sha256 a.qcow2)" "$before"
+
 # Somebody who may only make files beside the image must not get bytes into it.
 if [ "$(id -u)" = 0 ]; then
   make_image a.qcow2 16M
