@@ -53,7 +53,8 @@ remember (struct export *e)
   open_exports = e;
 }
 
-static void
+/* Was it the last? */
+static bool
 forget (struct export *e)
 {
   LOCK_SCOPE (&open_lock);
@@ -63,6 +64,7 @@ forget (struct export *e)
       break;
     }
   }
+  return open_exports == NULL;
 }
 
 /* A copy of untrusted text that is safe to print. */
@@ -219,9 +221,12 @@ exports_close (void *handle)
 {
   struct export *e = handle;
 
-  forget (e);
+  bool idle = forget (e);
+
   bdev_unref (e->d);
   free (e);
+  if (idle)
+    memory_give_back ();
 }
 
 /* The handles themselves stay: nbdkit may still call close for some. */

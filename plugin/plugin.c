@@ -3,7 +3,8 @@
  * All work is elsewhere: config.c reads the parameters, start.c opens, checks
  * and heals the image (before nbdkit forks, so that errors are seen and no
  * thread is lost in the fork), exports.c answers what clients negotiate, io.c
- * carries the requests, quit.c notices the end, limit.c survives limits.
+ * carries the requests, quit.c notices the end, limit.c survives limits, memory.c
+ * keeps no more than is needed.
  *
  * On the way out nbdkit waits for running requests, closes the connections and
  * then calls cleanup: there the image is flushed and closed (dirty bit cleared,
@@ -35,6 +36,7 @@ notice_hook (const char *msg)
 static void
 plugin_load (void)
 {
+  memory_set_up ();
   log_set_debug_hook (debug_hook);
   log_set_notice_hook (notice_hook);
 }

@@ -31,6 +31,10 @@ void quit_unwatch (void);
 void limit_watch (void);
 void limit_unwatch (void);
 
+/* memory.c: once, before anything large is allocated; and when the last client has gone. */
+void memory_set_up (void);
+void memory_give_back (void);
+
 /* report-file.c: write the JSON report to path, whole or not at all.  s may be
  * NULL (nothing could be opened), failure too (nothing went wrong).  0 or
  * -errno.
