@@ -67,11 +67,18 @@ struct file {
   int flush_error;              /* positive errno of the first that failed */
 };
 
+/* A file that must not be longer is as full as a disk. */
+static int
+told_as (int errnum)
+{
+  return errnum == EFBIG ? ENOSPC : errnum;
+}
+
 static int
 io_error (struct file *f, int errnum, const char *what, uint64_t len, uint64_t off,
           struct err *err)
 {
-  return err_set (err, errnum, "%s: %s of %llu bytes at byte %llu: %s", f->d.name, what,
+  return err_set (err, told_as (errnum), "%s: %s of %llu bytes at byte %llu: %s", f->d.name, what,
                   (unsigned long long) len, (unsigned long long) off, strerror (errnum));
 }
 
@@ -317,8 +324,7 @@ file_resize (struct bdev *d, uint64_t size, uint64_t ahead, struct err *err)
   r = ahead > 0 ? grow_ahead_locked (f, size, ahead) : set_length_locked (f, size);
   if (r < 0) {
     atomic_store (&d->size, old);
-    /* A file that must not be longer is as full as a disk. */
-    return err_set (err, r == -EFBIG ? ENOSPC : -r, "%s: cannot resize from %llu to %llu bytes: %s",
+    return err_set (err, told_as (-r), "%s: cannot resize from %llu to %llu bytes: %s",
                     d->name, (unsigned long long) old, (unsigned long long) size, strerror (-r));
   }
   atomic_store (&d->size, size);

@@ -52,5 +52,7 @@ goes_on "overlay" healed d.qcow2 overlay=o.qcow2
 make_image a.qcow2 64M -o data_file=a.data
 truncate -s 0 a.data
 goes_on "data file" in_place a.qcow2 data-file=follow
+truncate -s 64M a.data
+goes_on "data file that is longer than the limit" in_place a.qcow2 data-file=follow
 
 done_testing
