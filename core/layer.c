@@ -195,6 +195,18 @@ layer_lay_memory (struct layer *l, struct err *err)
   return r;
 }
 
+void
+layer_lift (struct layer *l)
+{
+  put_on_top (l, bdev_ref (l->source));
+  bdev_unref (l->overlay);
+  l->overlay = NULL;
+  l->journal = false;
+  check_free (l->after);
+  l->after = NULL;
+  l->result = (struct heal_result) { 0 };
+}
+
 /* Heal what c says at the level of refcounts, and check again, into l->after. */
 static int
 heal_refcounts (struct layer *l, struct check *c, enum repair_level level,

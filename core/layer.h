@@ -79,6 +79,9 @@ int layer_lay_file (struct layer *l, const char *overlay_path, uint64_t guest_si
                     size_t cache_size, bool *created, struct err *err);
 int layer_lay_memory (struct layer *l, struct err *err);
 
+/* Take the overlay away, and what healing it came to. */
+void layer_lift (struct layer *l);
+
 /* Heal l->healed and check it again, into l->after. */
 int layer_heal (struct layer *l, enum repair_level level, struct progress *progress,
                 struct err *err);

@@ -177,24 +177,36 @@ open_behind_if (struct stack *s, const struct stack_options *opts, bool mended, 
   return doubtful == mended ? open_behind (s, opts, err) : 0;
 }
 
-/* inplace=true: the overlay is a journal.  It is made where there is something to
- * repair, and written into the image once it is whole and sound.  Leaks alone are no
- * reason, but for those that make QEMU call the image corrupt.
- */
+/* No file is made, or it is no more. */
 static int
-heal_in_place (struct stack *s, const struct stack_options *opts, struct err *err)
+leave_alone (struct stack *s, const struct stack_options *opts, struct err *err)
 {
-  struct progress *progress = opts->progress;
+  free (s->overlay);
+  s->overlay = NULL;
+  return open_behind_if (s, opts, true, err);
+}
+
+/* Nothing but leaks, and the journal failed: that is no reason not to serve it. */
+static void
+give_up_journal (struct stack *s, struct err *err)
+{
   struct layer *top = &s->top;
-  bool sound = check_sound (top->before)
-               && !(top->before->copied_ahead && heal_needed (top->before, s->repair));
+
+  log_notice ("%s: %s.  It has leaks only, which endanger nothing, so it is served as it is",
+              top->path, err->msg);
+  err_clear (err);
+  layer_lift (top);
+  inplace_undo (s);
+  s->overlay_created = false;
+}
+
+/* Make the journal, and the repair in it. */
+static int
+heal_journal (struct stack *s, struct progress *progress, struct err *err)
+{
+  struct layer *top = &s->top;
   int r = 0;
 
-  if (sound && !s->overlay_reused && !s->inplace.resumed) {
-    free (s->overlay);          /* nothing to do: no file is made */
-    s->overlay = NULL;
-    return open_behind_if (s, opts, true, err);
-  }
   if (!s->overlay_reused && !s->inplace.resumed) {
     top->journal = !s->overlay;
     if (!s->overlay)
@@ -206,6 +218,28 @@ heal_in_place (struct stack *s, const struct stack_options *opts, struct err *er
     r = lost_found_kept (s, progress, err);
   if (r == 0 && !s->inplace.resumed && heal_needed (top->before, s->repair))
     r = layer_heal (top, s->repair, progress, err);
+  return r;
+}
+
+/* inplace=true: the overlay is a journal.  It is made where there is something to
+ * repair, and written into the image once it is whole and sound.  Leaks alone are no
+ * reason, but for those that make QEMU call the image corrupt.
+ */
+static int
+heal_in_place (struct stack *s, const struct stack_options *opts, struct err *err)
+{
+  struct progress *progress = opts->progress;
+  struct layer *top = &s->top;
+  bool leaks_only = check_sound (top->before) && !s->overlay_reused && !s->inplace.resumed;
+  int r;
+
+  if (leaks_only && !(top->before->copied_ahead && heal_needed (top->before, s->repair)))
+    return leave_alone (s, opts, err);
+  r = heal_journal (s, progress, err);
+  if (r < 0 && leaks_only && r != -ECANCELED && r != -ENOTCONN) {
+    give_up_journal (s, err);
+    return leave_alone (s, opts, err);
+  }
   if (r == 0 && !check_sound (layer_now (top)))
     r = err_set (err, EINVAL, "%s: damage remains that repair=%s does not mend, so nothing was "
                  "written into it.  The findings name the level that mends each; without "

@@ -220,7 +220,6 @@ void
 exports_close (void *handle)
 {
   struct export *e = handle;
-
   bool idle = forget (e);
 
   bdev_unref (e->d);

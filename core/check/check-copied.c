@@ -2,12 +2,13 @@
  *
  * Only now is it known how often each cluster is referenced.  The L1 table is
  * looked at always.  The L2 tables are read a second time only if the first
- * walk saw an entry without the flag, if any cluster is shared, or if some
- * refcount stays higher than the references: otherwise no flag can be wrong.
+ * walk saw an entry without the flag, if any cluster is shared, or if the refcount
+ * of one that is in use is higher than its references: otherwise no flag can be wrong.
  *
  * A flag that is missing where the refcount is too high agrees with that refcount,
  * and a write is copied for nothing: that is the leak (R02), and no finding of its own.
- * A snapshot whose deletion was cut off leaves the whole disk like that.
+ * A snapshot whose deletion was cut off leaves the whole disk like that.  A flag that is
+ * set there is a leak too, but one that QEMU calls a corruption (copied_ahead).
  *
  * Two entries of the active disk on one host cluster are a note (T15).  The
  * second walk finds such clusters, by counting the references to shared ones
@@ -20,7 +21,7 @@
  * does not know snapshots took their clusters for free.
  *
  * Deliberately not here: the flags in tables of snapshots, which mean nothing until
- * a snapshot is loaded.
+ * a snapshot is loaded; and those of compressed clusters, which are always wrong (check-data.c).
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -484,5 +485,6 @@ check_copied_flags (struct checker *k, struct err *err)
     r = check_l2_flags (k, err);
   k->c->copied_follows = atomic_load (&k->copied_follows);
   k->c->copied_ahead = atomic_load (&k->copied_ahead);
+  k->c->copied_in_snapshots = atomic_load (&k->copied_in_snapshots);
   return r;
 }

@@ -290,8 +290,11 @@ check_compressed (struct walk *w, uint64_t i, uint64_t raw, uint64_t bitmap,
   w->compressed++;
   w->fragmented++;              /* by nature, says qemu-img */
   w->allocated++;
-  if (e->copied)
+  if (e->copied) {
     r = entry_finding (w, FINDING_L2_COPIED_WRONG, i, 1, raw, 0);
+    if (!w->t->active_weight)
+      atomic_store (&w->k->copied_in_snapshots, true);
+  }
   if (r < 0)
     return r;
   if (w->g->data_file)          /* it can hold none: one bit too many, and the place is known */

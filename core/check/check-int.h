@@ -104,7 +104,7 @@ struct checker {
   uint64_t crypto_off, crypto_len;      /* the encryption header, if it is where it can be */
   atomic_uint nr_clipped;       /* streams that clip_whole_stream has looked at */
   atomic_bool incomplete;       /* becomes c->incomplete */
-  atomic_bool copied_follows, copied_ahead;     /* -> check */
+  atomic_bool copied_follows, copied_ahead, copied_in_snapshots;        /* -> check */
   atomic_bool look_at_copied;   /* some L2 entry of the active disk lacks COPIED */
 };
 

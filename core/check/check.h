@@ -97,8 +97,12 @@ struct check {
   bool keep_orphans;            /* as in the options */
   /* Some COPIED flags are missing and rightly so, until refcounts that are too high are lowered. */
   bool copied_follows;
-  /* Some are set already: harmless, but QEMU calls the image corrupt until those refcounts are lowered. */
+  /* Some are set already: harmless, but QEMU calls the image corrupt until those refcounts are
+   * lowered.
+   */
   bool copied_ahead;
+  /* Some compressed clusters have the flag, in tables that only snapshots use (T22, too). */
+  bool copied_in_snapshots;
   /* Only if incomplete or if orphans are to be kept, else NULL: clusters whose refcount is above their
    * references and therefore stays as it is (as a set; the counts mean nothing).
    */

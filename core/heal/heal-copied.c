@@ -14,7 +14,9 @@
 #include <stdlib.h>
 
 #include "base/cleanup.h"
+#include "base/endian.h"
 #include "base/num.h"
+#include "base/vec.h"
 #include "fmt/entry.h"
 #include "heal/heal-int.h"
 
@@ -203,34 +205,78 @@ fix_active (struct heal *h, struct err *err)
   return r;
 }
 
-static int
-fix_snapshot (struct heal *h, const struct snapshot *s, struct err *err)
-{
-  CLEANUP_FREE uint8_t *l1 = NULL;
+DEFINE_VEC (table_vec, uint64_t);
 
-  if (s->unusable || s->l1_entries == 0)
-    return 0;
-  l1 = malloc ((uint64_t) s->l1_entries * 8);
+/* Where the L2 tables of a snapshot are. */
+static int
+add_tables (struct heal *h, const struct snapshot *s, struct table_vec *v, struct err *err)
+{
+  uint64_t len = s->unusable ? 0 : (uint64_t) s->l1_entries * 8;
+  CLEANUP_FREE uint8_t *l1 = malloc (MAX (len, 1));
+  int r = 0;
+
   if (!l1)
     return err_set (err, ENOMEM, "out of memory");
-  if (bdev_pread_padded (h->d, l1, (uint64_t) s->l1_entries * 8, s->l1_host_off, NULL) < 0)
+  if (bdev_pread_padded (h->d, l1, len, s->l1_host_off, NULL) < 0)
     return 0;                   /* as for L2 tables */
-  return fix_l2_tables (h, l1, s->l1_entries, L2_OF_SNAPSHOT, err);
+  for (uint64_t i = 0; r == 0 && i < len; i += 8)
+    if (load_be64 (l1 + i) & L1E_OFF_MASK)
+      r = table_vec_push (v, load_be64 (l1 + i) & L1E_OFF_MASK);
+  return r < 0 ? err_set (err, ENOMEM, "out of memory") : 0;
+}
+
+static int
+compare_offsets (const void *pa, const void *pb)
+{
+  uint64_t a = *(const uint64_t *) pa, b = *(const uint64_t *) pb;
+
+  return a < b ? -1 : a > b;
+}
+
+/* Snapshots share most of their tables.  v becomes an L1 table that names each once. */
+static size_t
+make_l1 (struct table_vec *v)
+{
+  size_t n = 0;
+
+  if (v->len)
+    qsort (v->ptr, v->len, sizeof *v->ptr, compare_offsets);
+  for (size_t i = 0; i < v->len; ++i)
+    if (i == 0 || v->ptr[i] != v->ptr[i - 1])
+      v->ptr[n++] = v->ptr[i];
+  for (size_t i = 0; i < n; ++i)
+    store_be64 ((uint8_t *) &v->ptr[i], v->ptr[i]);
+  return n;
+}
+
+static int
+fix_snapshots (struct heal *h, struct err *err)
+{
+  struct table_vec v = VEC_INIT;
+  int r = 0;
+
+  for (size_t i = 0; r == 0 && i < h->c->snapshots.len; ++i)
+    r = add_tables (h, &h->c->snapshots.ptr[i], &v, err);
+  if (r == 0) {
+    size_t n = make_l1 (&v);
+
+    r = fix_l2_tables (h, (const uint8_t *) v.ptr, n, L2_OF_SNAPSHOT, err);
+  }
+  vec_reset (&v);
+  return r;
 }
 
 int
 heal_copied_flags (struct heal *h, struct err *err)
 {
   const struct check *c = h->c;
-  bool l2_wrong = findings_has (&c->findings, FINDING_L2_COPIED_WRONG);
   int r;
 
-  if (!c->copied_follows && !findings_has (&c->findings, FINDING_L1_COPIED_WRONG) && !l2_wrong)
+  if (!c->copied_follows && !findings_has (&c->findings, FINDING_L1_COPIED_WRONG)
+      && !findings_has (&c->findings, FINDING_L2_COPIED_WRONG))
     return 0;
   if (tables_are_doubtful (c))
     return 0;
   r = fix_active (h, err);
-  for (size_t i = 0; r == 0 && l2_wrong && i < c->snapshots.len; ++i)
-    r = fix_snapshot (h, &c->snapshots.ptr[i], err);
-  return r;
+  return r == 0 && c->copied_in_snapshots ? fix_snapshots (h, err) : r;
 }

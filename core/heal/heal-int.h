@@ -43,8 +43,8 @@ int heal_values (struct heal *h, enum heal_direction direction, struct err *err)
 
 /* heal-copied.c */
 
-/* Make the COPIED flags of the active L1 and L2 tables agree with the references, and clear those of compressed
- * clusters in all of them.
+/* Make the COPIED flags of the active L1 and L2 tables agree with the references, and clear those
+ * of compressed clusters, also in the tables of snapshots.
  */
 int heal_copied_flags (struct heal *h, struct err *err);
 

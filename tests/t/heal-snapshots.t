@@ -40,7 +40,6 @@ for options in cluster_size=4k cluster_size=64k,refcount_bits=8 compat=0.10; do
 done
 
 # Compressed clusters never have the COPIED flag, not even in a table that only a snapshot has.
-qemu-img create -q -f raw zeros.raw 1M
 yes | head -c 1M >some.raw
 for options in cluster_size=64k cluster_size=64k,extended_l2=on; do
   qemu-img convert -q -c -O qcow2 -o $options some.raw d.qcow2

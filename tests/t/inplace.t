@@ -155,7 +155,8 @@ patch a.qcow2 leak 4
 before=$(sha256 a.qcow2)
 ok "leaks: served" serve a.qcow2 inplace=true
 is "leaks: left alone" "$(sha256 a.qcow2)" "$before"
-for damage in "all-refcounts 5" "refcount $(patch used.qcow2 host 3) 2"; do
+table=$((($(patch used.qcow2 l1 0) & ~(1 << 63)) / 65536))
+for damage in "all-refcounts 5" "refcount $(patch used.qcow2 host 3) 2" "refcount $table 2"; do
   cp used.qcow2 a.qcow2
   # shellcheck disable=SC2086
   patch a.qcow2 $damage
@@ -165,8 +166,24 @@ for damage in "all-refcounts 5" "refcount $(patch used.qcow2 host 3) 2"; do
 done
 patch a.qcow2 refcount "$(patch a.qcow2 host 3)" 2
 before=$(sha256 a.qcow2)
-ok "too high, repair=off: served" serve a.qcow2 inplace=true repair=off
+ok "too high, repair=off: served" serve a.qcow2 inplace=true repair=off report=report.json
+is "too high, repair=off: nothing was committed" "$(jq -r .committed report.json)" null
 is "too high, repair=off: left alone" "$(sha256 a.qcow2)" "$before"
+# One that fails on its way is taken away again.
+cp used.qcow2 half.qcow2
+patch half.qcow2 all-refcounts 5
+before=$(sha256 half.qcow2)
+n=0 as_it_is=0 wrong=0
+while n=$((n + 1)); cp half.qcow2 a.qcow2; fails_from $n 28 a.qcow2 inplace=true; do    # ENOSPC
+  if grep -q 'leaks only' err.log; then
+    as_it_is=$((as_it_is + 1))
+    [ "$failed_exit:$(sha256 a.qcow2)" = "0:$before" ] && nothing_left || wrong=$((wrong + 1))
+  fi
+  rm -f $journal
+done
+rm -f $journal
+ok "too high, no room for the journal: served as it is, $as_it_is times" test $as_it_is -gt 3
+is "too high, no room for the journal: and left so" "$wrong" 0
 
 # Somebody who may only make files beside the image must not get bytes into it.
 if [ "$(id -u)" = 0 ]; then

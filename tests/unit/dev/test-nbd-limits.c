@@ -335,7 +335,8 @@ asked_at_once (void **state)
 
 /* --- waiting ends */
 
-#define LINE_MS 60000           /* it would wait so long for an answer, if not closed */
+#define LINE_MS  60000          /* it would wait so long for an answer, if not closed */
+#define CLOSE_MS 20000          /* less, and more than it takes on a busy machine */
 
 static uint64_t
 close_ms (struct line *l)
@@ -352,7 +353,8 @@ static void
 closed_while_stalled (void **state)
 {
   for (unsigned multi = 0; multi < 2; ++multi) {
-    struct line l = connect_line ((struct nbdserver_options) { .multi_conn = multi }, LINE_MS / 1000, 60);
+    struct line l = connect_line ((struct nbdserver_options) { .multi_conn = multi },
+                                  LINE_MS / 1000, 60);
     struct doing held[64];
     struct rule rule;
 
@@ -368,7 +370,7 @@ closed_while_stalled (void **state)
     nbdserver_stall (l.s, true);
     bdev_cache (l.d, 0, SIZE, NULL);
     assert_true (nbdserver_await_held (l.s, 1));
-    assert_in_range (close_ms (&l), 0, LINE_MS - 1);
+    assert_in_range (close_ms (&l), 0, CLOSE_MS);
     end_line (&l);
   }
 }
@@ -376,21 +378,23 @@ closed_while_stalled (void **state)
 static void
 closed_while_gone (void **state)
 {
-  struct line l = connect_line ((struct nbdserver_options) { .multi_conn = true }, LINE_MS / 1000, 60);
+  struct line l = connect_line ((struct nbdserver_options) { .multi_conn = true },
+                                LINE_MS / 1000, 60);
   struct rule rule;
 
   all (&l, &rule, SRV_READ, SRV_HOLD);
   bdev_cache (l.d, 0, SIZE, NULL);
   assert_true (nbdserver_await_held (l.s, 1));
   nbdserver_go_away (l.s);
-  assert_in_range (close_ms (&l), 0, LINE_MS - 1);
+  assert_in_range (close_ms (&l), 0, CLOSE_MS);
   end_line (&l);
   /* It takes connections, and says nothing. */
-  l = connect_line ((struct nbdserver_options) { .multi_conn = true }, LINE_MS / 1000, 60);
+  l = connect_line ((struct nbdserver_options) { .multi_conn = true }, LINE_MS / 1000,
+                    60);
   nbdserver_stall (l.s, true);
   break_line (&l);
   bdev_cache (l.d, 0, SIZE, NULL);
-  assert_in_range (close_ms (&l), 0, LINE_MS - 1);
+  assert_in_range (close_ms (&l), 0, CLOSE_MS);
   end_line (&l);
 }
 
@@ -400,11 +404,14 @@ closed_politely (void **state)
 {
   bool in_time = false;
 
-  while (!in_time) {            /* on a busy machine, not all that is on its way does arrive */
+  /* On a busy machine, not all that is on its way does arrive. */
+  for (unsigned n = 0; !in_time; ++n) {
     struct line l = connect_line ((struct nbdserver_options) { .multi_conn = true }, 30, 60);
 
     bdev_cache (l.d, 0, SIZE, NULL);
     in_time = close_ms (&l) < 900;
+    if (n > 50)
+      fail_msg ("it always takes as long as may be");
     assert_true (!in_time || nbdserver_await (l.s, SRV_DISC, 1));
     end_line (&l);
   }

@@ -3,6 +3,7 @@
  */
 #include <pthread.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "img-test.h"
 
@@ -202,5 +203,6 @@ main (void)
     cmocka_unit_test (a_stuck_read_does_not_fill_memory),
   };
 
+  alarm (400);                  /* what waits for ever is a failure, too */
   return cmocka_run_group_tests (tests, NULL, NULL);
 }
