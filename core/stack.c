@@ -186,7 +186,9 @@ leave_alone (struct stack *s, const struct stack_options *opts, struct err *err)
   return open_behind_if (s, opts, true, err);
 }
 
-/* Nothing but leaks, and the journal failed: that is no reason not to serve it. */
+/* Nothing but leaks, and the journal failed: that is no reason not to serve it.  Should its file stay,
+ * even come back after a crash, it is not marked "committing", and the next start removes it.
+ */
 static void
 give_up_journal (struct stack *s, struct err *err)
 {
@@ -218,6 +220,8 @@ heal_journal (struct stack *s, struct progress *progress, struct err *err)
     r = lost_found_kept (s, progress, err);
   if (r == 0 && !s->inplace.resumed && heal_needed (top->before, s->repair))
     r = layer_heal (top, s->repair, progress, err);
+  if (r == 0 && !s->inplace.resumed)    /* a full disk may show only now */
+    r = bdev_flush (top->healed, err);
   return r;
 }
 
@@ -236,7 +240,8 @@ heal_in_place (struct stack *s, const struct stack_options *opts, struct err *er
   if (leaks_only && !(top->before->copied_ahead && heal_needed (top->before, s->repair)))
     return leave_alone (s, opts, err);
   r = heal_journal (s, progress, err);
-  if (r < 0 && leaks_only && r != -ECANCELED && r != -ENOTCONN) {
+  /* An overlay that was named might be used again, by then over another image. */
+  if (r < 0 && leaks_only && !s->inplace.named && r != -ECANCELED && r != -ENOTCONN) {
     give_up_journal (s, err);
     return leave_alone (s, opts, err);
   }

@@ -1,12 +1,13 @@
 /* What clients with large requests leave behind: see plugin.h.
  *
- * Each of nbdkit's threads has a buffer for the largest request it had, and there are sixteen a connection.
- * They are freed with the connection, but glibc learns from the first one to keep blocks of that size: for
- * good, where one of our small, lasting blocks lies behind them.  So it is not to learn: large blocks are
- * the kernel's as soon as they are free, and the others are given back when nobody is connected.
+ * Each of nbdkit's threads has a buffer for the largest request it had, and there are sixteen
+ * a connection.  They are freed with the connection, but glibc learns from the first one to keep
+ * blocks of that size: for good, where one of our small, lasting blocks lies behind them.  So it
+ * is not to learn: large blocks are the kernel's as soon as they are free, and the others are
+ * given back when nobody is connected.
  *
- * But not what a copy with requests of 256 KiB leaves: to get its buffers from the kernel again, page by
- * page, took the next one 4 % of its time.
+ * But not what a copy with requests of 256 KiB leaves: to get its buffers from the kernel again,
+ * page by page, took the next one 4 % of its time.
  */
 #include <stdlib.h>
 #ifdef __GLIBC__

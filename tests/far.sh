@@ -152,8 +152,8 @@ answers ()
   [ "$got" = "$wanted" ] || { echo "got: $got"; echo "wanted: $wanted"; return 1; }
 }
 
-# within SECONDS COMMAND...: it succeeds, and in time.  Between what it takes on a busy machine and the
-# time that something wrong would take.
+# within SECONDS COMMAND...: it succeeds, and in time: more than it takes on a busy machine, less than
+# it would take with the default of timeout= (30) or reconnect= (60).
 within ()
 {
   local limit=$1 begin=$SECONDS

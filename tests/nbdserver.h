@@ -1,8 +1,8 @@
 /* An NBD server inside a test, which does what the test says, request by request.
  *
  * Newstyle fixed handshake; simple replies, or structured ones with base:allocation.  A thread for
- * each connection; the disk is a buffer of the test's.  What arrives is listed, but for goodbyes, which are
- * counted.
+ * each connection; the disk is a buffer of the test's.  What arrives is listed, but for
+ * goodbyes, which are counted.
  */
 #ifndef QR_TESTS_NBDSERVER_H
 #define QR_TESTS_NBDSERVER_H

@@ -76,7 +76,7 @@ ok "and has the source's bytes" qemu-img compare -f raw -F qcow2 a.qcow2 "$ram/k
 
 ok "all is kept: starts" server_start s uri="$proxy_uri" cache=c.qcow2 reconnect=1 || exit 1
 proxy refuse on; proxy drop
-ok "the far side is gone: a copy" within 60 nbdcopy "$server_uri" out.raw
+ok "the far side is gone: a copy" within 25 nbdcopy "$server_uri" out.raw
 ok "it is right" cmp out.raw a.qcow2.raw
 server_stop
 is "ends well" "$(cat s.exit)" 0

@@ -15,11 +15,11 @@ at=4000000
 for how in on close; do
   lines=$(lines_of s.log)
   proxy refuse $how; proxy drop
-  ok "refuse $how: EIO, within seconds" within 60 answers "error EIO" "$server_uri" "read $at 65536"
-  ok "refuse $how: the next one, too" within 60 answers "error EIO" "$server_uri" "read $((at + 2000000)) 65536"
+  ok "refuse $how: EIO, within seconds" within 25 answers "error EIO" "$server_uri" "read $at 65536"
+  ok "refuse $how: the next one, too" within 25 answers "error EIO" "$server_uri" "read $((at + 2000000)) 65536"
   ok "refuse $how: a message names it" named_after "$lines" s.log
   proxy refuse off
-  ok "refuse $how: back again" within 60 answers "ok,ok" "$server_uri" \
+  ok "refuse $how: back again" within 25 answers "ok,ok" "$server_uri" \
     "read $at 65536 a.qcow2.raw" "read $((at + 2000000)) 65536 a.qcow2.raw"
   at=$((at + 8000000))
 done
@@ -38,12 +38,12 @@ is "gone for a moment: right" "$(cat late)" ok
 # Whoever ends the server does not wait for the far side.
 proxy refuse on; proxy drop
 nbd_do "$server_uri" "read 50000000 65536" >late 2>&1 &
-ok "ends while the far side is gone" within 60 server_stop
+ok "ends while the far side is gone" within 25 server_stop
 wait $!
 
 # It was never there.
 proxy refuse on
-ok "not there at the start: refused, within seconds" within 60 not serve uri="$proxy_uri" reconnect=1 --run true
+ok "not there at the start: refused, within seconds" within 25 not serve uri="$proxy_uri" reconnect=1 --run true
 ok "a message names it" named_after 0 err.log
 is "not killed" "$(grep -c -i 'signal\|abort\|assert' err.log)" 0
 

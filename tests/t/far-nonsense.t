@@ -18,7 +18,7 @@ corrupted_reads ()
   proxy reset; proxy nonsense "$kind"
   ok "$mode, $kind, once: right, or EIO" right_or_eio "$server_uri" "read 1000000 65536 a.qcow2.raw"
   proxy nonsense "$kind" 1000000
-  ok "$mode, $kind, always: right, or EIO" within 60 right_or_eio "$server_uri" "read 12000000 1 a.qcow2.raw"
+  ok "$mode, $kind, always: right, or EIO" within 25 right_or_eio "$server_uri" "read 12000000 1 a.qcow2.raw"
   proxy nonsense off
   ok "$mode, $kind: they were made" test "$(proxy_number nonsense)" -ge 2
   ok "$mode, $kind: a message names it" named_after "$lines" s.log
@@ -62,7 +62,7 @@ far_sock=$tmp/b.sock
 far_qemu b.qcow2 && proxy backend "$far_sock"
 for kind in zero past context; do
   proxy reset; proxy status bad $kind
-  ok "block status, $kind: right" within 60 serve uri="$proxy_uri" report=report.json --run "$copy_out; cmp out.raw b.qcow2.raw"
+  ok "block status, $kind: right" within 30 serve uri="$proxy_uri" report=report.json --run "$copy_out; cmp out.raw b.qcow2.raw"
   ok "block status, $kind: and sound" jq -e .sound report.json
   ok "block status, $kind: it was asked for" test "$(proxy_number bad-status)" -gt 0
   proxy status off

@@ -11,15 +11,15 @@ proxy_start || exit 1
 
 # Further ones are accepted and never answered, though multi-conn is offered.
 proxy max-conns 1
-ok "never answered: a copy, in time" within 60 serve uri="$proxy_uri" --run "$copy_out; cmp out.raw a.qcow2.raw"
+ok "never answered: a copy, in time" within 25 serve uri="$proxy_uri" --run "$copy_out; cmp out.raw a.qcow2.raw"
 is "never answered: one was open" "$(proxy_number peak-open)" 1
 ok "never answered: starts" server_start s uri="$proxy_uri"
 ok "never answered: dropped and made again" eval 'proxy drop && answers ok "$server_uri" "read 20000000 100000 a.qcow2.raw"'
-ok "never answered: many readers" within 60 nbdcopy --connections=4 "$server_uri" null:
-ok "never answered: ends" within 60 server_stop
+ok "never answered: many readers" within 25 nbdcopy --connections=4 "$server_uri" null:
+ok "never answered: ends" within 25 server_stop
 is "never answered: ends well" "$(cat s.exit)" 0
 proxy max-conns 2
-ok "two are answered: a copy, in time" within 60 serve uri="$proxy_uri" --run "$copy_out; cmp out.raw a.qcow2.raw"
+ok "two are answered: a copy, in time" within 25 serve uri="$proxy_uri" --run "$copy_out; cmp out.raw a.qcow2.raw"
 proxy max-conns off
 
 # It is not offered.
@@ -39,6 +39,6 @@ ok "offered: many requests are in flight" test "$(proxy_number peak)" -ge 8
 # QEMU's own way.
 far_stop
 far_qemu a.qcow2 -e 1 || exit 1
-ok "qemu-nbd -e 1: a copy" within 60 serve uri="nbd+unix:///?socket=$far_sock" --run "$copy_out; cmp out.raw a.qcow2.raw"
+ok "qemu-nbd -e 1: a copy" within 25 serve uri="nbd+unix:///?socket=$far_sock" --run "$copy_out; cmp out.raw a.qcow2.raw"
 
 done_testing

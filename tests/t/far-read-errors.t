@@ -84,7 +84,7 @@ proxy error off
 ok "overlay, once all can be read: likewise" serve uri="$proxy_uri" overlay=o.qcow2 --run "$copy_out; cmp out.raw a.qcow2.raw"
 # The header: refused, and said why.
 proxy error 0 512
-ok "header: refused" within 60 not serve uri="$proxy_uri" --run true
+ok "header: refused" within 25 not serve uri="$proxy_uri" --run true
 ok "header: a message names it" named_after 0 err.log
 is "the image is as it was" "$(sha256 a.qcow2)" "$before"
 

@@ -34,13 +34,13 @@ other ()
   ok "$name: reads" answers "ok" "$server_uri" "read 0 65536 a.qcow2.raw"
   lines=$(lines_of s.log)
   proxy "$@"; proxy drop
-  ok "$name: EIO" within 60 answers "error EIO" "$server_uri" "read $at 65536"
+  ok "$name: EIO" within 25 answers "error EIO" "$server_uri" "read $at 65536"
   ok "$name: no byte of another" right_or_eio "$server_uri" "read $((at + 1000000)) 65536 a.qcow2.raw" "read 100 65536 a.qcow2.raw"
   tail -n "+$((lines + 1))" s.log >new.log
   ok "$name: a message names the size that was" size_in new.log "$a_size"
   ok "$name: and the one that is" size_in new.log "$size"
   proxy size off; proxy backend "$right"; proxy drop
-  ok "$name: the old one is back: all of it" within 60 answers "ok right=67108864 failed=0 wrong=0" \
+  ok "$name: the old one is back: all of it" within 25 answers "ok right=67108864 failed=0 wrong=0" \
     "$server_uri" "scan 1048576 a.qcow2.raw"
   server_stop
   is "$name: ends well" "$(cat s.exit)" 0

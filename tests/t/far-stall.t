@@ -12,16 +12,16 @@ proxy_start || exit 1
 ok "starts" server_start s uri="$proxy_uri" timeout=2 reconnect=2 || exit 1
 lines=$(lines_of s.log)
 proxy stall on
-ok "stalled: EIO" within 60 answers "error EIO" "$server_uri" "read 10000000 65536"
+ok "stalled: EIO" within 25 answers "error EIO" "$server_uri" "read 10000000 65536"
 ok "stalled: a message names it" named_after "$lines" s.log
 proxy stall off
-ok "no longer stalled: right" within 60 answers "ok" "$server_uri" "read 10000000 65536 a.qcow2.raw"
+ok "no longer stalled: right" within 25 answers "ok" "$server_uri" "read 10000000 65536 a.qcow2.raw"
 
 # Connections are made, and reads are never answered.
 proxy stall-reads on
-ok "reads stall: EIO" within 60 answers "error EIO" "$server_uri" "read 2000000 65536"
+ok "reads stall: EIO" within 30 answers "error EIO" "$server_uri" "read 2000000 65536"
 proxy stall-reads off
-ok "reads no longer stall: right" within 60 answers "ok" "$server_uri" "read 2000000 65536 a.qcow2.raw"
+ok "reads no longer stall: right" within 25 answers "ok" "$server_uri" "read 2000000 65536 a.qcow2.raw"
 server_stop
 is "ends well" "$(cat s.exit)" 0
 
@@ -48,10 +48,10 @@ is "ends well, again" "$(cat s.exit)" 0
 
 # The check.
 proxy stall on
-ok "stalled at the start: refused" within 60 not serve uri="$proxy_uri" timeout=2 reconnect=2 --run true
+ok "stalled at the start: refused" within 25 not serve uri="$proxy_uri" timeout=2 reconnect=2 --run true
 ok "a message names it" named_after 0 err.log
 proxy stall off; proxy stall-reads on
-ok "reads stalled at the start: refused" within 60 not serve uri="$proxy_uri" timeout=2 reconnect=2 --run true
+ok "reads stalled at the start: refused" within 30 not serve uri="$proxy_uri" timeout=2 reconnect=2 --run true
 ok "a message names it, again" named_after 0 err.log
 
 # Nobody who ends it has to wait for a server that says nothing.
@@ -61,7 +61,7 @@ proxy stall on
 { nbd_do "$server_uri" "read 5000000 65536" >/dev/null 2>&1 & } 2>/dev/null
 waiting=$!
 proxy await inflight 1
-ok "ended while it waits: at once" within 60 server_stop
+ok "ended while it waits: at once" within 25 server_stop
 kill $waiting 2>/dev/null
 wait $waiting 2>/dev/null
 

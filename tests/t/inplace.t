@@ -173,17 +173,25 @@ is "too high, repair=off: left alone" "$(sha256 a.qcow2)" "$before"
 cp used.qcow2 half.qcow2
 patch half.qcow2 all-refcounts 5
 before=$(sha256 half.qcow2)
-n=0 as_it_is=0 wrong=0
+n=0 as_it_is=0 copying=0 wrong=0
 while n=$((n + 1)); cp half.qcow2 a.qcow2; fails_from $n 28 a.qcow2 inplace=true; do    # ENOSPC
   if grep -q 'leaks only' err.log; then
     as_it_is=$((as_it_is + 1))
-    [ "$failed_exit:$(sha256 a.qcow2)" = "0:$before" ] && nothing_left || wrong=$((wrong + 1))
-  fi
+    [ "$failed_exit:$(sha256 a.qcow2)" = "0:$before" ] && nothing_left
+  elif [ -e $journal ]; then    # it had begun to write
+    copying=$((copying + 1))
+    grep -q "$journal" err.log
+  else                          # the journal may have been marked: nothing but the whole repair is served
+    { [ "$failed_exit:$(sha256 a.qcow2)" = "1:$before" ] || img_check_clean -f qcow2 a.qcow2; } && nothing_left
+  fi || { wrong=$((wrong + 1)); diag "change $n, exit $failed_exit"; diag_file err.log; }
   rm -f $journal
 done
 rm -f $journal
 ok "too high, no room for the journal: served as it is, $as_it_is times" test $as_it_is -gt 3
-is "too high, no room for the journal: and left so" "$wrong" 0
+ok "too high, no room to write it: refused, $copying times" test $copying -gt 0
+is "too high, no room: nothing else" "$wrong" 0
+ok "too high, no room for an overlay that was named" fails_from 1 28 half.qcow2 inplace=true overlay=my.overlay
+is "too high, no room for an overlay that was named: refused" "$failed_exit:$(ls my.overlay 2>/dev/null)" "1:"
 
 # Somebody who may only make files beside the image must not get bytes into it.
 if [ "$(id -u)" = 0 ]; then

@@ -6,10 +6,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "unit/unit.h"
-
 #include "base/log.h"
-#include "dev/file.h"
+#include "file-test.h"
 
 static atomic_uint truncations;
 static _Atomic off_t longest = INT64_MAX;       /* that a file may become */
@@ -25,34 +23,12 @@ ftruncate (int fd, off_t length)
   return syscall (SYS_ftruncate, fd, length);
 }
 
-static char *folder;
-static char path[4096];
-
-static int
-setup (void **state)
-{
-  folder = make_folder ();
-  snprintf (path, sizeof path, "%s/disk", folder);
-  return 0;
-}
-
 static int
 teardown (void **state)
 {
   atomic_store (&longest, INT64_MAX);
   remove_folder (folder);
   return 0;
-}
-
-static struct bdev *
-create (uint64_t size)
-{
-  struct err err = { 0 };
-  struct bdev *d = NULL;
-
-  assert_ok (file_create (path, &d, &err), &err);
-  assert_ok (bdev_resize (d, size, &err), &err);
-  return d;
 }
 
 static off_t

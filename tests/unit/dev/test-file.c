@@ -10,10 +10,8 @@
 #include <sys/un.h>
 #include <unistd.h>
 
-#include "unit/unit.h"
-
 #include "base/num.h"
-#include "dev/file.h"
+#include "file-test.h"
 
 /* --- system calls */
 
@@ -80,17 +78,7 @@ fallocate (int fd, int mode, off_t off, off_t len)
 
 /* --- a folder for each test, removed in any case */
 
-static char *folder;
-static char path[4096];                 /* of a file in it */
 static char loop_device[64];
-
-static int
-setup (void **state)
-{
-  folder = make_folder ();
-  snprintf (path, sizeof path, "%s/disk", folder);
-  return 0;
-}
 
 static int
 teardown (void **state)
@@ -103,17 +91,6 @@ teardown (void **state)
   atomic_store (&no_fallocate, false);
   remove_folder (folder);
   return 0;
-}
-
-static struct bdev *
-create (uint64_t size)
-{
-  struct err err = { 0 };
-  struct bdev *d = NULL;
-
-  assert_ok (file_create (path, &d, &err), &err);
-  assert_ok (bdev_resize (d, size, &err), &err);
-  return d;
 }
 
 static void

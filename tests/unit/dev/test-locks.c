@@ -8,20 +8,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "unit/unit.h"
-
-#include "dev/file.h"
-
-static char *folder;
-static char path[4096];
-
-static int
-setup (void **state)
-{
-  folder = make_folder ();
-  snprintf (path, sizeof path, "%s/image.qcow2", folder);
-  return 0;
-}
+#include "file-test.h"
 
 static void stop_qemu_io (void);
 static void stop_qemu_nbd (void);

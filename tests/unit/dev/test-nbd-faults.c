@@ -405,7 +405,8 @@ idle_ones_say_nothing (void **state)
   nbdserver_release (l.s);
   for (unsigned i = 0; i < 32; ++i)
     assert_int_equal (result_of (&o[i]), 0);
-  nbd_rest ();                  /* they are ready, and idle */
+  nbd_rest ();                  /* they are ready, and idle, ... */
+  reads_right (&l, 0, 512);     /* ... and watched again */
   break_line (&l);
   before = nbdserver_count (l.s, SRV_READ);
   reads_right (&l, 0, 4096);
