@@ -541,7 +541,7 @@ await_locked (struct nbdserver *s, const unsigned *number, unsigned nr)
   int r = 0;
 
   clock_gettime (CLOCK_MONOTONIC, &until);
-  until.tv_sec += 100;
+  until.tv_sec += 20;
   while (r == 0 && *number < nr)
     r = pthread_cond_timedwait (&s->cond, &s->lock, &until);
   return *number >= nr;

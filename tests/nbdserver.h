@@ -65,7 +65,7 @@ void nbdserver_decide (struct nbdserver *s,
 /* Answer what is held. */
 void nbdserver_release (struct nbdserver *s);
 
-/* Wait until so many requests of the kind have come, in all, or are held; 100 seconds at most. */
+/* Wait until so many requests of the kind have come, in all, or are held; 20 seconds at most. */
 bool nbdserver_await (struct nbdserver *s, unsigned kind, unsigned nr);
 bool nbdserver_await_held (struct nbdserver *s, unsigned nr);
 

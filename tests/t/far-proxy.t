@@ -99,18 +99,19 @@ proxy error off
 ok "and no longer" nbdcopy "$proxy_uri" null:
 
 # Latency and bandwidth.
-proxy reset; proxy delay 20
+proxy reset; proxy delay 100
 begin=$(date +%s%N)
 ok "delay: a copy" nbdcopy --connections=1 "$proxy_uri" null:
-ms=$((($(date +%s%N) - begin) / 1000000))
-diag "$(proxy_number read) reads in $ms ms"
-ok "delay: not less than it takes" test "$ms" -ge 60
-ok "delay: nor one after the other" test "$(proxy_number peak)" -gt 1
+ms=$((($(date +%s%N) - begin) / 1000000)); reads=$(proxy_number read)
+diag "$reads reads in $ms ms"
+ok "delay: not less than it takes" test "$ms" -ge 300
+ok "delay: nor one after the other" test "$ms" -lt $((reads * 100 / 2))
 proxy delay 0; proxy rate 50000000
 begin=$(date +%s%N)
 nbdcopy "$proxy_uri" null:
 ms=$((($(date +%s%N) - begin) / 1000000))
 ok "rate: 35 MB at 50 MB/s ($ms ms)" test "$ms" -ge 700
+ok "rate: nor much less ($ms ms)" test "$ms" -lt 20000
 proxy rate 0
 
 # Who is there.
